@@ -1,0 +1,239 @@
+"""Stage 5 of 7, inference: solve the learnt flow from noise to cells, for every held-out condition of an experiment.
+
+Paper: appendix A.4 (Dopri5, classifier-free guidance), section 6 and Figure 3 (test-time augmentation), B.4 (what is held
+out). Reads `train/<run>/model.eqx` and `data/`, writes `samples/<experiment>/<method>-split<s>-draw<r>.npz` below
+out/<scale>; `baselines.py` writes its rows beside them, from the same tasks. Departures: D9, D10.
+
+    python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs          20 s / 2 min / -
+    python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 3 min / -
+(two CPU cores; paper scale has not been timed)
+
+    Y_tau     y            N D   cells on their way from noise (tau 0) to data (tau 1)
+    omega     guidance           1 conditional flow, 0 unconditional, above 1 exaggerates what the condition says
+    P tasks (conditions that are predicted)   K context experiments   N cells   D genes   G genes of a larger screen
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+import scales
+import train
+from data import EvaluationTask, Screen, Task, evaluation_tasks, load_screen
+from metrics import Predictions, finished, save_predictions
+from model import SLOTS, MapPFN
+from prior import linear_screen
+from scales import BadInput
+
+VARIANTS = {  # of MapPFN in Table 3: the name of the row -> the kind of training run
+    "mappfn-random": "scratch", "mappfn-pretrained": "grn", "mappfn-finetuned": "finetune",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    experiment: tyro.conf.Positional[Literal["linear", "leukemia", "melanoma", "toy"]]  # what is predicted
+    scale: str = "laptop"  # column of the table in scales.py
+    seed: int = 0  # of the noise, and of the held-out graphs and draws of cells
+    guidance: float = 2.0  # omega (A.4)
+    steps: int = 10  # Dopri5 steps of the flow [D9]
+    genes: int = 20  # linear: variables D (5.1)
+    context: int = 8  # K (B.1, B.2)
+    eval_cells: int = 200  # cells per population, given and generated (B.3)
+    held_out: int = 10  # linear: unseen graphs [D10]
+    seeds: int = 3  # linear: models, trained from different seeds (Table 2)
+    splits: int = 1  # real cells: random splits (B.4)
+    resamplings: int = 10  # real cells: draws of cells per split (Table 3)
+    out: Path = Path("out")  # everything is below out/<scale>
+
+
+SECTIONS = {"linear": ("linear", "evaluate")}  # of the table of scales; other experiments: ("real", "evaluate")
+
+# ------------------------------------------------------------------------------------------------------ the flow (A.4)
+
+
+def guided_velocity(model: MapPFN, task: Task, slots: Array, guidance: float, y: Float[Array, "N D"],
+                    tau: Float[Array, ""]) -> Float[Array, "N D"]:
+    """Classifier-free guidance (Ho & Salimans, 2021): v_null + omega (v_condition - v_null), both in one batch."""
+    one = lambda drop: model(y, tau, task.observed, task.context, task.context_treatments, task.query, slots, drop)
+    if guidance == 1:
+        return one(jnp.array(False))
+    unconditional, conditional = jax.vmap(one)(jnp.array([True, False]))
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def flow(model: MapPFN, task: Task, guidance: float, steps: int, cells: int, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
+    """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
+
+    [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 10 steps (61), which differ
+    from 100 by less than 1e-3 on trained models (`tests/test_sample.py`; the table in the README has fewer and more).
+    """
+    key_noise, key_slots = jr.split(key)
+    slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda tau, y, _: guided_velocity(model, task, slots, guidance, y, tau)), diffrax.Dopri5(),
+        t0=0.0, t1=1.0, dt0=1 / steps, y0=jr.normal(key_noise, (cells, task.target.shape[-1])), max_steps=steps + 1)
+    return solution.ys[-1]
+
+
+@functools.partial(jax.jit, static_argnames=("guidance", "steps", "cells"))
+def _flows(model, tasks, keys, guidance, steps, cells):
+    """`flow` for each task, the tasks spread over all devices, one at a time on each."""
+    one = lambda task_key: flow(model, task_key[0], guidance, steps, cells, key=task_key[1])
+    share = PartitionSpec("data")
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    each = jax.shard_map(lambda m, x: jax.lax.map(one, x), mesh=mesh, in_specs=(PartitionSpec(), share), out_specs=share,
+                         check_vma=False)
+    return each(model, (tasks, keys))
+
+
+def generate(model: MapPFN, tasks: Task, guidance: float = 2.0, steps: int = 10, cells: int | None = None, *,
+             key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
+    """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
+
+    A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
+    """
+    tasks = Task(*tasks[: len(Task._fields)])
+    count, devices = len(tasks.query), jax.device_count()
+    index = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last one again, to fill the devices
+    keys = jax.vmap(lambda i: jr.fold_in(key, i))(index)
+    tasks = Task(*(x[index] for x in tasks))
+    return np.asarray(_flows(model, tasks, keys, guidance, steps, cells or tasks.observed.shape[1]))[:count]
+
+
+def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> tuple[Float[np.ndarray, "P N D"], float]:
+    """Log-expression cannot be negative: set what is to zero, and say which fraction that was. SCM values stay."""
+    negative = cells < 0 if log_expression else np.zeros_like(cells, bool)
+    return np.where(negative, 0, cells).astype(np.float32), float(negative.mean())
+
+
+# ----------------------------------------------------------------------------- test-time augmentation (6, Figure 3)
+
+
+def gene_subsets(rng: np.random.Generator, genes: int, size: int, subsets: int, always: np.ndarray) -> np.ndarray:
+    """Random overlapping subsets of `size` out of G genes, as indices [subsets, size].
+
+    `always` (the treated genes, without which a treatment has no one-hot) are in each; the others take turns in a random
+    order, so that all are in equally many, give or take one. Raises BadInput if the subsets are too few to reach every gene.
+    """
+    others = np.setdiff1d(np.arange(genes), always)
+    room = size - len(always)
+    if room < 0 or subsets * room < len(others):
+        raise BadInput(f"{subsets} subsets of {size} genes cannot cover {genes} genes of which {len(always)} are in all of them; "
+                       f"use more subsets, or fewer context experiments")
+    # A queue of reshuffled rounds; a gene that is in the current subset already waits for the next.
+    result, queue = [], []
+    for _ in range(subsets):
+        chosen = []
+        while len(chosen) < room:
+            if not (waiting := [g for g in queue if g not in chosen]):
+                queue += list(rng.permutation(others))
+                continue
+            queue.remove(waiting[0])
+            chosen.append(waiting[0])
+        result.append(rng.permutation(np.concatenate([always, chosen]).astype(int)))
+    return np.array(result)
+
+
+def augmented(model: MapPFN, task: Task, size: int, subsets: int, rng: np.random.Generator, guidance: float = 2.0,
+              steps: int = 10, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
+    """Cells of one task [unbatched] with more genes G than the model's D = `size`: predict each subset, pool per gene.
+
+    A gene's cells from all subsets that contain it are pooled (6); each gene then keeps a random M of its own, M being what
+    the rarest gene has, so that the result is an array. Its rows are not joint cells: use it for per-gene statistics.
+    """
+    treated = np.unique(np.argwhere(np.vstack([task.query[None], task.context_treatments]))[:, 1])
+    chosen = gene_subsets(rng, len(task.query), size, subsets, treated)
+    tasks = Task(*(np.stack([x[..., genes] for genes in chosen]) for x in task))
+    cells = generate(model, tasks, guidance, steps, key=key)  # subsets N D
+    pools = []
+    for gene in range(len(task.query)):
+        subset, column = np.nonzero(chosen == gene)
+        pools.append(rng.permutation(cells[subset, :, column].ravel()))
+    return np.stack([pool[: min(map(len, pools))] for pool in pools], axis=1)
+
+
+# -------------------------------------------------------------------------------------- what is predicted (B.1, B.4)
+
+
+def evaluation_sets(experiment: str, s) -> Iterator[tuple[int, int, Screen, EvaluationTask]]:
+    """(split, resampling, screen, tasks) of an experiment; all methods are given the same.
+
+    Linear SCMs have one "split": `held_out` graphs that no model has seen, with half of their treatments as test (B.4).
+    Raises BadInput where the data are missing.
+    """
+    if experiment == "linear":
+        # [D10] released code: one graph, whose other treatments join the training data; here: several graphs, all unseen.
+        screen = linear_screen(train.seeded(s.seed, 0, train.HELD_OUT + 1), s.held_out, s.genes, 500, s.held_out)
+        yield 0, 0, screen, evaluation_tasks(train.seeded(s.seed, 0, train.HELD_OUT + 2), screen, s.eval_cells, s.context)
+        return
+    for split in range(s.splits):
+        file = s.out / s.scale / "data" / experiment / f"split-{split}.h5ad"
+        if not file.is_file():
+            raise BadInput(f"{file}: no such file; prepare it with python data.py --dataset {experiment} --scale {s.scale}")
+        screen = load_screen(file)
+        for draw in range(s.resamplings):
+            rng = train.seeded(s.seed, split, draw, train.HELD_OUT + 2)
+            yield split, draw, screen, evaluation_tasks(rng, screen, s.eval_cells, s.context)
+
+
+def model_files(s: Settings, split: int) -> dict[str, Path]:
+    """Name of each row of MapPFN -> the model that makes it."""
+    folder = s.out / s.scale / "train"
+    if s.experiment == "linear":
+        return {f"mappfn-seed{i}": folder / f"linear-seed{i}" / "model.eqx" for i in range(s.seeds)}
+    runs = {"grn": "grn-seed0"}
+    return {row: folder / runs.get(kind, f"{kind}-{s.experiment}-split{split}") / "model.eqx" for row, kind in VARIANTS.items()}
+
+
+def main() -> None:
+    """Predict every test condition with every trained variant, skipping the files that are finished."""
+    s = scales.parse(Settings, lambda word: SECTIONS.get(word, ("real", "evaluate")))
+    train.use_all_cores(2)
+    kept = {k: v for k, v in dataclasses.asdict(s).items() if k != "out"}
+    print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+          flush=True)
+    sets = list(evaluation_sets(s.experiment, s))
+    bar = tqdm(total=sum(len(tasks.query) * len(model_files(s, split)) for split, _, _, tasks in sets), unit="task")
+    for split, draw, screen, tasks in sets:
+        for row, (method, file) in enumerate(model_files(s, split).items()):
+            path = s.out / s.scale / "samples" / s.experiment / f"{method}-split{split}-draw{draw}.npz"
+            if finished(path, kept):
+                bar.update(len(tasks.query))
+                continue
+            started = time.perf_counter()
+            head, model = train.load_model(file)
+            if head["genes"] != len(screen.genes):
+                raise BadInput(f"{file}: a model of {head['genes']} genes, but the data have {len(screen.genes)}")
+            key = jr.key(int(train.seeded(s.seed, split, draw, row).integers(2**31)))
+            cells = generate(model, tasks, s.guidance, s.steps, key=key)
+            cells, clipped = clip_expression(cells, screen.log_expression)
+            meta = {"experiment": s.experiment, "method": method, "split": split, "resampling": draw, "seed": s.seed,
+                    "scale": s.scale, "revision": scales.revision(), "settings": kept, "clipped_fraction": clipped,
+                    "seconds": round(time.perf_counter() - started, 1), "training": head}
+            names = np.array(screen.context_names)[tasks.context_index]
+            save_predictions(path, Predictions(tasks.observed, tasks.target, cells, tasks.query, names,
+                                               screen.log_expression, meta))
+            bar.set_postfix_str(f"{method}, {clipped:.1%} negative values clipped" if clipped else method, refresh=False)
+            bar.update(len(tasks.query))
+    bar.close()
+    print(f"predictions in {s.out / s.scale / 'samples' / s.experiment}", flush=True)
+
+
+if __name__ == "__main__":
+    scales.run(main)
