@@ -179,7 +179,8 @@ def predict_all(method: str, screen: Screen, tasks: EvaluationTask, rng: np.rand
         cells = np.array([baseline.predict(controls, int(c), treatment, rng) for controls, c, treatment
                           in zip(tasks.identity, tasks.context_index, tasks.query)])
     names = np.array(screen.context_names)[tasks.context_index]
-    return Predictions(tasks.observed[keep], tasks.target[keep], cells[keep], tasks.query[keep], names[keep],
+    source = tasks.observed if method in REFERENCES else tasks.identity
+    return Predictions(tasks.observed[keep], source[keep], tasks.target[keep], cells[keep], tasks.query[keep], names[keep],
                        screen.log_expression, {})
 
 

@@ -220,7 +220,7 @@ def download(name: str, folder: Path) -> Path:
             scanpy.settings.datasetdir = folder  # where pertpy keeps its files
             getattr(pertpy.data, path.stem)()
         except (ImportError, OSError) as error:  # the ConnectionError of requests is an OSError
-            raise BadInput(f"pertpy could not download the {name} data ({type(error).__name__}: {str(error)[:200]}); "
+            raise BadInput(f"pertpy could not download the {name} data ({type(error).__name__}: {str(error)[:100]}); "
                            f"fetch {ADDRESS}{path.name} by hand and save it as {path}, or name a copy of it with "
                            "--h5ad") from None
     return path
@@ -410,7 +410,7 @@ def usable_cells(cells, control: str, settings: Settings):
                        f"called {listed(cells.var_names, 3)}")
 
     rows = np.flatnonzero(keep)
-    rows = rows[np.lexsort((obs["treatment"].to_numpy()[rows], ~is_control[rows], obs["context"].to_numpy()[rows]))]
+    rows = rows[np.lexsort((obs["treatment"].to_numpy()[rows], obs["context"].to_numpy()[rows]))]
     for context, here in obs.iloc[rows].groupby("context"):
         size = here["treatment"].value_counts()
         print(f"  context '{context}': {size[control]:,} control cells, {len(size) - 1} treatments: "
@@ -536,7 +536,7 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
     if perturbed - set(targets):
         print(f"  treatments left out because of --genes {settings.genes}: {listed(sorted(perturbed - set(targets)))}")
     screen = to_screen(result)
-    for needed in (TRAIN, TEST):
+    for needed in sorted({TRAIN, TEST, *screen.split.ravel().tolist()} - {ABSENT}):
         queries(screen, settings.context, needed)
     return result
 

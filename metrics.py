@@ -7,7 +7,7 @@ Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<expe
     python metrics.py out/laptop/samples/linear
     python metrics.py out/paper/samples
 After 15 s of imports and compilation it takes 0.1 to 0.2 s a condition of 200 cells on two CPU cores, 0.02 s at 100.
-Departures from the paper, marked where they happen: D:sinkhorn-no-root, D:mr-fresh-cells, D:pds-within-context,
+Departures from the paper, marked where they happen: D:sinkhorn-no-root, D:pds-within-context,
 D:wilcoxon-ties, D:fold-change, D:auprc-pooled.
 
     paper        name here     shape     meaning
@@ -23,9 +23,8 @@ D:wilcoxon-ties, D:fold-change, D:auprc-pooled.
 Two traps, both shown in `tests/test_metrics.py`. *W2 rewards shrinking*: with a few hundred cells in tens of genes,
 most of it is the distance between any two samples of one distribution, and cells pulled towards their mean score better
 than a fresh sample of the truth. Read it beside MMD and the variance error. *MR rewards fresh cells*: for the same
-reason, other control cells, left as they are, reach an MR near 1, and the observed cells shifted by a small effect,
-exactly right, one near 0. Read it beside the MR of the identity row, which is 0.93 both on linear SCMs at the paper's
-size and on leukemia cells.
+reason, other control cells, left as they are, reach an MR of 0.93 on linear SCMs at the paper's size, and the source
+cells shifted by a small effect, exactly right, one near 0: it tells reused cells from new ones more than it tells effects.
 """
 
 import functools
@@ -103,9 +102,6 @@ def magnitude_ratio(observed: Float[np.ndarray, "N D"], true: Float[np.ndarray, 
 
     1 for a perfect prediction (and for many others); 0 only for the observed cells themselves.
     """
-    # [D:mr-fresh-cells] paper: identity has MR 0.00, so it is scored against the very cells that it returns; here:
-    # baselines transform other control cells than `observed`, because MapPFN's cells are new ones too, and a prediction
-    # without sampling noise of its own has a small MR even if its effect is exactly right.
     effect = wasserstein(observed, true)
     return wasserstein(observed, predicted) / effect if effect > 0 else float("nan")
 
@@ -179,8 +175,11 @@ def deg_auprc(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
 
 def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
              predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"], log_expression: bool,
-             contexts: np.ndarray | None = None) -> dict:
+             contexts: np.ndarray | None = None, source: Float[np.ndarray, "P N D"] | None = None) -> dict:
     """Every metric: the mean over conditions under its name, the P single values under `conditions`; ready for JSON.
+
+    `source` are the control cells that a prediction was made from, where they are others than `observed`: MR asks how far
+    from *them* it has gone, which gives identity its 0 (Table 2).
 
     None stands for what is not defined: MR without an effect, PDS without a rival, AUPRC without differentially
     expressed genes or on data that are not log-expression (as in Table 2). Means are over the conditions that remain.
@@ -194,7 +193,8 @@ def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M 
         ranks[of_it] = pds_ranks(true[of_it], predicted[of_it])
     conditions = {metric.__name__: [metric(y, y_hat) for y, y_hat in zip(true, predicted)]
                   for metric in (wasserstein, mmd, rmse, variance_rmse)}
-    conditions["magnitude_ratio"] = [magnitude_ratio(*cells) for cells in zip(observed, true, predicted)]
+    conditions["magnitude_ratio"] = [magnitude_ratio(*cells) for cells
+                                     in zip(observed if source is None else source, true, predicted)]
     conditions["pds"] = list(ranks)
 
     finite = lambda values: [float(v) if np.isfinite(v) else None for v in values]
@@ -212,7 +212,8 @@ def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M 
 
 class Predictions(NamedTuple):
     """The content of one file of predictions: one experiment, method, split and draw of cells."""
-    observed: Float[np.ndarray, "P N D"]     # control cells, others than the prediction was made from
+    observed: Float[np.ndarray, "P N D"]     # control cells that differential expression is tested against
+    source: Float[np.ndarray, "P N D"]       # control cells that the prediction was made from, for MR
     target: Float[np.ndarray, "P N D"]       # true cells
     prediction: Float[np.ndarray, "P N D"]
     treatments: Float[np.ndarray, "P D"]     # one-hot times the do-value
@@ -226,7 +227,7 @@ def check_predictions(path: str | Path, p: Predictions) -> None:
     if p.treatments.ndim != 2 or p.contexts.shape != p.treatments.shape[:1]:
         raise BadInput(f"{path}: 'treatments' {p.treatments.shape} and 'contexts' {p.contexts.shape} do not fit "
                        "together; expected conditions x genes and conditions; write the file again")
-    for name in ("observed", "target", "prediction"):
+    for name in ("observed", "source", "target", "prediction"):
         array = getattr(p, name)
         if array.ndim != 3 or array.size == 0 or array.shape[::2] != p.treatments.shape:
             raise BadInput(f"{path}: '{name}' has shape {array.shape}; expected conditions x cells x genes that fit "
@@ -239,7 +240,7 @@ def check_predictions(path: str | Path, p: Predictions) -> None:
 def save_predictions(path: str | Path, p: Predictions) -> None:
     """Write `path` (.npz), whole or not at all. Raises BadInput as `check_predictions` does."""
     check_predictions(path, p)
-    arrays = {name: np.asarray(getattr(p, name), np.float32) for name in Predictions._fields[:4]}
+    arrays = {name: np.asarray(getattr(p, name), np.float32) for name in Predictions._fields[:5]}
     with scales.atomic(path) as temporary:
         np.savez_compressed(temporary, **arrays, contexts=p.contexts, log_expression=p.log_expression,
                             meta=json.dumps(p.meta, default=str))
@@ -308,7 +309,8 @@ def main() -> None:
         load_predictions(path)
     for path in waiting:
         p = load_predictions(path)
-        result = evaluate(p.observed, p.target, p.prediction, p.treatments, p.log_expression, p.contexts)
+        result = evaluate(p.observed, p.target, p.prediction, p.treatments, p.log_expression, p.contexts, p.source)
+        result["contexts"] = [str(c) for c in p.contexts]
         with scales.atomic(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps({"meta": p.meta, "metrics": result}, indent=1, allow_nan=False) + "\n")
         print(path.stem, *(f"{name} {v:.3g}" for name, v in result.items() if isinstance(v, float)), flush=True)

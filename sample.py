@@ -225,9 +225,10 @@ def main() -> None:
             cells, clipped = clip_expression(cells, screen.log_expression)
             meta = {"experiment": s.experiment, "method": method, "split": split, "resampling": draw, "seed": s.seed,
                     "scale": s.scale, "revision": scales.revision(), "settings": kept, "clipped_fraction": clipped,
-                    "seconds": round(time.perf_counter() - started, 1), "training": head}
+                    "seconds": round(time.perf_counter() - started, 1), "training": head,
+                    "genes": screen.genes}
             names = np.array(screen.context_names)[tasks.context_index]
-            save_predictions(path, Predictions(tasks.observed, tasks.target, cells, tasks.query, names,
+            save_predictions(path, Predictions(tasks.observed, tasks.observed, tasks.target, cells, tasks.query, names,
                                                screen.log_expression, meta))
             bar.set_postfix_str(f"{method}, {clipped:.1%} negative values clipped" if clipped else method, refresh=False)
             bar.update(len(tasks.query))

@@ -1,4 +1,4 @@
-"""Claims about data.py: nothing leaks across the split, equation 5 holds, tasks are as said, bad files are told apart."""
+"""Claims about data.py: nothing leaks across the split, equation 5 holds, tasks are as said, bad files are refused."""
 
 import csv
 import sys
@@ -422,6 +422,18 @@ def test_counts_may_be_in_a_layer(usual):
     cells.layers["counts"] = cells.X.copy()
     cells.X = cells.X * 0.3
     assert np.array_equal(processed(cells).X.toarray(), usual.X.toarray())
+
+
+def test_held_out_context_without_training_conditions():
+    """If validation took the last training condition beside the test ones, the split is refused, naming the context."""
+    cells = make_cells()
+    few = ["control", "t0", "t1"]
+    cells = cells[((cells.obs["context"] == "B") | cells.obs["perturbation"].isin(few)).to_numpy()].copy()
+    conditions = [(c, f"t{t}") for c, n in (("A", 2), ("B", 6)) for t in range(n)]
+    took = lambda seed: "train" not in [s for (c, _), s in data.split_conditions(
+        np.random.default_rng(seed), conditions, "A").items() if c == "A"]
+    with pytest.raises(BadInput, match="--context 1: context 'A' has only 0 training experiments"):
+        processed(cells, seed=next(filter(took, range(100))))
 
 
 # ------------------------------------------------------------------------------------------------------- the files

@@ -156,6 +156,16 @@ def test_counts_agree_with_the_released_generator():
         assert abs(ours - mean) < 2 * sd * np.sqrt(1 / 30 + 1 / 12), (name, ours)
     assert 2 <= rows[:, 7].mean() < 5                    # per cent of genes without a count; the knocked-out one is 2
 
+
+def test_statistics_command(capsys, monkeypatch, tmp_path):
+    """--statistics prints a row for each statistic, ours and the released generator's, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "prior.py --scale smoke --genes 6 --population 5 --statistics".split())
+    prior.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(prior.RELEASED) and all(line.count("+-") == 2 for line in lines[2:])
+    assert not list(tmp_path.iterdir())
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Simulation
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,13 +271,15 @@ def make(settings, folder):
 
 
 def test_sharding_changes_nothing(tmp_path):
-    """One shard, or three made out of order, load to the same cells."""
+    """One shard, or three made out of order, load to the same cells; and no GRN is made twice."""
     make(dataclasses.replace(SMALL, num_shards=1), tmp_path / "one")
     for shard in (2, 0, 1):
         make(dataclasses.replace(SMALL, shard=shard), tmp_path / "three")
     one, three = prior.load_grn_screen(tmp_path / "one"), prior.load_grn_screen(tmp_path / "three")
     np.testing.assert_array_equal(one.cells, three.cells)
     np.testing.assert_array_equal(one.start, three.start)
+    strengths = np.concatenate([np.load(prior.shard_path(tmp_path / "three", s, 3))["strength"] for s in range(3)])
+    assert len(np.unique(strengths, axis=0)) == 6
 
 
 def test_finished_shards_are_kept(tmp_path):
