@@ -8,7 +8,7 @@ simulated screens of `prior.py` are a `Screen` too, and every task that a model 
     python data.py --scale smoke --dataset toy        # a small simulated screen, no file needed
     python data.py --scale laptop --h5ad FILE         # your own screen: 10 splits of 14,000 x 300 counts in 20 s
     python data.py --scale paper --dataset melanoma   # Frangieh et al. 2021, downloaded
-    python data.py --scale paper --dataset leukemia   # Papalexi et al. 2021, downloaded
+    python data.py --scale paper --dataset leukemia   # Papalexi et al. 2021, downloaded, or read with --h5ad FILE
 
 Departures from the paper, marked where they happen: D:min-cells-condition, D:held-out-context, D:median-unseen,
 D:natural-log, D:marker-score, D:target-cut.
@@ -50,7 +50,7 @@ class Settings:
     """Split a perturbation screen into training, validation and test conditions."""
     scale: str = "laptop"  # column of the table in scales.py: smoke, laptop or paper
     dataset: Literal["toy", "melanoma", "leukemia"] | None = None  # simulated, or one of the paper's (B.3)
-    h5ad: Path | None = None  # instead of --dataset: your own screen, .h5ad (or .h5mu with an 'rna' part)
+    h5ad: Path | None = None  # your own screen, .h5ad (or .h5mu with an 'rna' part); with --dataset: its file
     treatment_col: str | None = None  # column of obs that names the knocked-out gene; found by its usual names
     control: str | None = None  # its label for unperturbed cells; found by its usual names
     context_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
@@ -599,11 +599,12 @@ def load_screen(path: str | Path) -> Screen:
 
 def load(settings: Settings):
     """Usable cells, control label and held-out context of the screen that the settings name."""
+    file = settings.h5ad
     if settings.dataset in DOWNLOADS:
-        file = download(settings.dataset, settings.data_dir)
+        file = file or download(settings.dataset, settings.data_dir)
         names = zip(("treatment_col", "control", "context_col"), DOWNLOADS[settings.dataset][1])
         settings = dataclasses.replace(settings, **{k: v for k, v in names if getattr(settings, k) is None})
-    cells = simulate_toy(settings) if settings.dataset == "toy" else read(settings.h5ad or file)
+    cells = simulate_toy(settings) if settings.dataset == "toy" else read(file)
     if cells.n_vars < settings.genes:
         raise BadInput(f"--genes {settings.genes}: the file has only {cells.n_vars} genes; lower --genes")
     control = label_cells(cells, settings)
@@ -617,11 +618,11 @@ def prepare(settings: Settings) -> list[Path]:
     for name, least in {"genes": 2, "min_cells": 2, "context": 0, "splits": 1, "seed": 0}.items():
         if getattr(settings, name) < least:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}")
-    if (settings.dataset is None) == (settings.h5ad is None):
+    if settings.dataset is None and settings.h5ad is None or settings.dataset == "toy" and settings.h5ad:
         raise BadInput("say which data: either --dataset toy, melanoma or leukemia, or --h5ad FILE")
     if settings.h5ad is not None and not settings.h5ad.is_file():
         raise BadInput(f"--h5ad {settings.h5ad}: no such file")
-    source = settings.dataset or f"{settings.h5ad.name}, {settings.h5ad.stat().st_size} bytes"
+    source = f"{settings.h5ad.name}, {settings.h5ad.stat().st_size} bytes" if settings.h5ad else settings.dataset
     folder = settings.out / settings.scale / "data" / (settings.dataset or settings.h5ad.stem)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # if nothing can be written here, fail before the work and not after it

@@ -2,7 +2,7 @@
 
 Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes nothing; `train.py` and
 `sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds on anything.
-Departures from the paper, marked where they happen: D2, D3, D4.
+Departures from the paper, marked where they happen: D2, D3, D4, D11, D12.
 
 The network sees *one* task and `jax.vmap` adds the batch. Cells are tokens, genes are the features of a token, and no token
 knows its position: whatever the network has to know about a token is added to it as a learnt embedding.
@@ -176,9 +176,18 @@ class Block(eqx.Module):
 
 
 def time_features(tau: Float[Array, ""], width: int) -> Float[Array, " E"]:
-    """Sinusoidal features of the flow time, in thousandths as is usual for diffusion models."""
+    """Sinusoidal features of the flow time, with angles up to 100 tau."""
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
-    return jnp.concatenate([f(1000 * tau * frequencies) for f in (jnp.cos, jnp.sin)])
+    return jnp.concatenate([f(100 * tau * frequencies) for f in (jnp.cos, jnp.sin)])
+
+
+def gaussian_velocity(y_tau: Float[Array, "N D"], tau: Float[Array, ""]) -> Float[Array, "N D"]:
+    """E[Y - Y_0 | Y_tau] if Y is N(0, I): the part of the answer that needs no data.
+
+    [D12] paper and released code: the network is the velocity; here, at smoke and laptop scale: it is what has to be added
+    to this, because learning it takes a short training most of its updates (tokens are normalised, so their size is lost).
+    """
+    return y_tau * (2 * tau - 1) / (tau**2 + (1 - tau) ** 2)
 
 
 class MapPFN(eqx.Module):
@@ -200,17 +209,23 @@ class MapPFN(eqx.Module):
     velocity_out: eqx.nn.Linear
     attention: str = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
+    skip: bool = eqx.field(static=True)
 
     def __init__(self, genes: int, width: int, depth: int, heads: int, registers: int, *, attention: str = "auto",
-                 remat: bool = False, key: PRNGKeyArray):
-        """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`."""
+                 remat: bool = False, skip: bool = False, key: PRNGKeyArray):
+        """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`.
+
+        `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`.
+        """
         if width % (2 * heads) or depth < 1:
             raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), depth at least 1")
         keys = jr.split(key, 14)
         self.noise_in = eqx.nn.Linear(genes, width, key=keys[0])
         self.cells_in = eqx.nn.Linear(genes, width, key=keys[1])
         self.cells_mix = eqx.nn.Linear(width, width, key=keys[2])
-        self.treatments_in = eqx.nn.Linear(genes, width, key=keys[3])
+        # [D11] paper: silent; released code: the initialisation for `genes` inputs; here: for one input, since of a one-hot only
+        # one is on. Without it a treatment token starts out as mostly its embeddings, and copying t_q to its gene is learnt late.
+        self.treatments_in = eqx.tree_at(lambda l: l.weight, eqx.nn.Linear(genes, width, key=keys[3]), replace_fn=lambda w: w * math.sqrt(genes))
         self.treatments_mix = eqx.nn.Linear(width, width, key=keys[4])
         self.time = eqx.nn.MLP(width, width, 4 * width, 1, activation=jax.nn.silu, key=keys[5])
         embedding = lambda k, *shape: jr.normal(k, shape) / math.sqrt(shape[-1])  # N(0, 1/dim) (released code)
@@ -222,7 +237,7 @@ class MapPFN(eqx.Module):
         self.null = embedding(keys[11], width)
         self.blocks = eqx.filter_vmap(lambda k: Block(width, heads, key=k))(jr.split(keys[12], depth))
         self.velocity_out = eqx.nn.Linear(width, genes, key=keys[13])
-        self.attention, self.remat = attention, remat
+        self.attention, self.remat, self.skip = attention, remat, skip
 
     def condition(self, observed: Float[Array, "N D"], context: Float[Array, "K N D"],
                   context_treatments: Float[Array, "K D"], query: Float[Array, " D"], slots: Int[Array, " K"],
@@ -267,7 +282,8 @@ class MapPFN(eqx.Module):
 
         apply = jax.checkpoint(apply) if self.remat else apply
         (noise, _, _), _ = jax.lax.scan(apply, (noise, cells, treatments), parameters)
-        return jax.vmap(self.velocity_out)(noise[len(self.registers):])  # N D, without the registers
+        velocity = jax.vmap(self.velocity_out)(noise[len(self.registers):])  # N D, without the registers
+        return velocity + gaussian_velocity(y_tau, tau) if self.skip else velocity
 
 
 def count_parameters(model: MapPFN) -> int:

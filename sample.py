@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -47,7 +47,7 @@ VARIANTS = {  # of MapPFN in Table 3: the name of the row -> the kind of trainin
 
 @dataclass(frozen=True)
 class Settings:
-    experiment: tyro.conf.Positional[Literal["linear", "leukemia", "melanoma", "toy"]]  # what is predicted
+    experiment: tyro.conf.Positional[str]  # what is predicted: linear, or a folder below out/<scale>/data
     scale: str = "laptop"  # column of the table in scales.py
     seed: int = 0  # of the noise, and of the held-out graphs and draws of cells
     guidance: float = 2.0  # omega (A.4)
@@ -91,15 +91,18 @@ def flow(model: MapPFN, task: Task, guidance: float, steps: int, cells: int, *, 
     return solution.ys[-1]
 
 
-@functools.partial(jax.jit, static_argnames=("guidance", "steps", "cells"))
+@eqx.filter_jit
 def _flows(model, tasks, keys, guidance, steps, cells):
     """`flow` for each task, the tasks spread over all devices, one at a time on each."""
-    one = lambda task_key: flow(model, task_key[0], guidance, steps, cells, key=task_key[1])
-    share = PartitionSpec("data")
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    each = jax.shard_map(lambda m, x: jax.lax.map(one, x), mesh=mesh, in_specs=(PartitionSpec(), share), out_specs=share,
-                         check_vma=False)
-    return each(model, (tasks, keys))
+    parameters, static = eqx.partition(model, eqx.is_array)
+    share, mesh = PartitionSpec("data"), Mesh(np.array(jax.devices()), ("data",))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), share), out_specs=share, check_vma=False)
+    def each(parameters, tasks_keys):
+        model = eqx.combine(parameters, static)
+        return jax.lax.map(lambda task_key: flow(model, task_key[0], guidance, steps, cells, key=task_key[1]), tasks_keys)
+
+    return each(parameters, (tasks, keys))
 
 
 def generate(model: MapPFN, tasks: Task, guidance: float = 2.0, steps: int = 10, cells: int | None = None, *,

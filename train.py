@@ -64,6 +64,7 @@ class Settings:
     heads: int = 4  # (A.1)
     registers: int = 8  # (A.1)
     attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto
+    skip: bool = False  # predict what is to be added to the velocity of N(0, I) [D12]
     remat: bool = True  # recompute activations in the backward pass: less memory (released code)
     # tasks
     contexts: int = 1000  # linear: random DAGs in memory at a time (B.1)
@@ -285,9 +286,9 @@ def check_same(path: Path, head: dict, s: Settings) -> None:
 
 def build(s: Settings | dict, seed: int = 0) -> MapPFN:
     """A randomly initialised model of the size that the settings, or a checkpoint's header, say."""
-    s = dataclasses.asdict(s) if isinstance(s, Settings) else {"attention": "auto", "remat": False} | s
+    s = dataclasses.asdict(s) if isinstance(s, Settings) else s | {"attention": "auto", "remat": False}
     return MapPFN(s["genes"], s["width"], s["depth"], s["heads"], s["registers"], attention=s["attention"],
-                  remat=s["remat"], key=jr.key(seed))
+                  remat=s["remat"], skip=s["skip"], key=jr.key(seed))
 
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:
@@ -327,7 +328,7 @@ def start(s: Settings, path: Path) -> tuple[State, MapPFN]:
     if s.what == "finetune":
         source = s.init or s.out / s.scale / "train" / "grn-seed0" / "model.eqx"
         head, model = load_model(source)
-        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ("genes", "width", "depth", "heads", "registers")
+        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ("genes", "width", "depth", "heads", "registers", "skip")
                  if head.get(k) != getattr(s, k)]
         if wrong:
             raise BadInput(f"{source}: a checkpoint of another configuration: {'; '.join(wrong)}")
