@@ -6,7 +6,7 @@ Paper: 5.2, appendix C.1. Reads what `sample.py` evaluates on (its `evaluation_s
     python baselines.py toy --scale smoke
     python baselines.py linear                       # laptop scale; seconds, most of them to build the data
     python baselines.py leukemia --scale paper
-Departures from the paper, marked where they happen: D:simple-rows, D:fresh-oracle, D:mr-fresh-cells (in `metrics.py`).
+Departures from the paper, marked where they happen: D32, D33, D:mr-fresh-cells (in `metrics.py`).
 
     symbol       name here           shape     meaning
     mu_c         control_means[c]    D         mean control cell of biological context c
@@ -85,7 +85,7 @@ class Effects:
 
 # ------------------------------------------------------------------------------------------------ the simple rows (5.2)
 
-# [D:simple-rows] paper: identity and "observed" are the only rows besides trained methods; here: four more, because a
+# [D32] paper: identity and "observed" are the only rows besides trained methods; here: four more, because a
 # trained method that does not beat a mean effect has learnt nothing about treatments.
 
 
@@ -145,7 +145,7 @@ class ConstantMean(ContextMean):
 METHODS = {"identity": Identity, "target-only": TargetOnly, "context-mean": ContextMean, "additive": Additive,
            "constant-mean": ConstantMean}
 
-# Rows that are handed true cells. [D:fresh-oracle] paper: "observed"; released code: a second draw from the pool that
+# Rows that are handed true cells. [D33] paper: "observed"; released code: a second draw from the pool that
 # the target was drawn from, so that the two share cells; here: also "oracle", true cells of which none is in the
 # target, because that is what a perfect model would score.
 REFERENCES = {"observed": "again", "oracle": "fresh"}

@@ -10,8 +10,8 @@ simulated screens of `prior.py` are a `Screen` too, and every task that a model 
     python data.py --scale paper --dataset melanoma   # Frangieh et al. 2021, downloaded
     python data.py --scale paper --dataset leukemia   # Papalexi et al. 2021, downloaded, or read with --h5ad FILE
 
-Departures from the paper, marked where they happen: D:min-cells-condition, D:held-out-context, D:median-unseen,
-D:natural-log, D:marker-score, D:target-cut.
+Departures from the paper, marked where they happen: D23, D24, D22,
+D21, D25, D26.
 
     paper          name here             meaning
     psi            context               biological context: a cell line or culture condition; in `prior.py` one SCM
@@ -397,7 +397,7 @@ def usable_cells(cells, control: str, settings: Settings):
         raise BadInput(f"no cell of {len(hollow)} of the {len(set(condition[keep]))} conditions has any counts "
                        f"({listed(map('/'.join, hollow))}): equation 5 would divide by zero; remove these cells")
     drop(empty, "without any counts")
-    # [D:min-cells-condition] paper: draws 200 cells of each condition, says nothing of smaller ones; released code:
+    # [D23] paper: draws 200 cells of each condition, says nothing of smaller ones; released code:
     # drops treatments with fewer than 200 cells; here: drops conditions, because they are what is drawn from.
     size = obs[keep].value_counts().sort_index()
     small = size[size < settings.min_cells]
@@ -425,7 +425,7 @@ def choose_holdout(conditions: list[tuple[str, str]], settings: Settings) -> str
     """The context whose treatments are held out."""
     contexts = sorted({context for context, _ in conditions})
     if settings.holdout_context is None:
-        # [D:held-out-context] paper: melanoma's IFN-gamma context; released code: the context with the most treatments;
+        # [D24] paper: melanoma's IFN-gamma context; released code: the context with the most treatments;
         # here: the same (of equals the first in the alphabet), or --holdout-context.
         return max(contexts, key=lambda c: sum(context == c for context, _ in conditions))
     if settings.holdout_context not in contexts:
@@ -456,11 +456,11 @@ def split_conditions(rng: np.random.Generator, conditions: list[tuple[str, str]]
 def normalise(cells, seen: Bool[np.ndarray, "cells"]) -> float:
     """Equation 5 in place, x <- log(1 + m x / |x|_1), m the median total count |x|_1 of the `seen` cells. Returns m."""
     import scanpy
-    # [D:median-unseen] paper and released code: the median over all cells; here: over all but the test cells, because
+    # [D22] paper and released code: the median over all cells; here: over all but the test cells, because
     # otherwise they would have a say, if a small one, in every value that is trained on.
     median = float(np.median(np.asarray(cells.X.sum(axis=1)).ravel()[seen]))
     scanpy.pp.normalize_total(cells, target_sum=median)
-    # [D:natural-log] paper: equation 5 has log2, the text sc.pp.log1p; released code: sc.pp.log1p, the natural
+    # [D21] paper: equation 5 has log2, the text sc.pp.log1p; released code: sc.pp.log1p, the natural
     # logarithm; here: natural, because the paper's numbers were made with it.
     scanpy.pp.log1p(cells)
     return median
@@ -470,7 +470,7 @@ def rank_genes(training, control: str):
     """Strength of each gene's differential expression: its largest absolute t-test score (scanpy's default) over all
     training perturbations, each against the controls of its context. A pandas Series, strongest first.
 
-    Scores of knock-outs on the knocked-out gene itself are left out, see D:target-cut.
+    Scores of knock-outs on the knocked-out gene itself are left out, see D26.
     """
     import pandas as pd
     import scanpy
@@ -491,9 +491,9 @@ def rank_genes(training, control: str):
 
 def choose_genes(strength, perturbed: set[str], genes: int) -> tuple[list[str], list[str]]:
     """D = `genes` genes (B.3): the perturbed ones, or the strongest D of them, and the strongest others to fill up."""
-    # [D:marker-score] paper: differential expression "between each perturbation and control", not on which cells or how
+    # [D25] paper: differential expression "between each perturbation and control", not on which cells or how
     # it is combined; released code: on train and control cells; here: likewise, the best score over perturbations.
-    # [D:target-cut] paper: keeps "the perturbed genes", though melanoma has over 50; released code: the strongest 50;
+    # [D26] paper: keeps "the perturbed genes", though melanoma has over 50; released code: the strongest 50;
     # here: likewise, but a gene's own knock-out does not count: test treatments have none, and would lose their place.
     targets = [g for g in strength.index if g in perturbed][:genes]
     markers = [g for g in strength.index if g not in perturbed][: genes - len(targets)]

@@ -7,8 +7,8 @@ Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<expe
     python metrics.py out/laptop/samples/linear
     python metrics.py out/paper/samples
 After 15 s of imports and compilation it takes 0.1 to 0.2 s a condition of 200 cells on two CPU cores, 0.02 s at 100.
-Departures from the paper, marked where they happen: D:sinkhorn-no-root, D:pds-within-context,
-D:wilcoxon-ties, D:fold-change, D:auprc-pooled.
+Departures from the paper, marked where they happen: D27, D28,
+D29, D30, D31.
 
     paper        name here     shape     meaning
     Y^obs        observed      P N D     control cells
@@ -70,7 +70,7 @@ def wasserstein(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> flo
     Symmetric, and zero for x = y, up to the solver's tolerance (about 1e-5 of the value). For cells many standard
     deviations apart the solver stops at 2,000 iterations, which costs less than 1e-4 of the value.
     """
-    # [D:sinkhorn-no-root] paper: eq. 6 takes the square root of each transport cost; released code: OTT's divergence of
+    # [D27] paper: eq. 6 takes the square root of each transport cost; released code: OTT's divergence of
     # the squared cost, without a root; here: the same, because only so do the tables' values come out.
     return float(_sinkhorn_divergence()(np.asarray(x, np.float32), np.asarray(y, np.float32)))
 
@@ -133,14 +133,14 @@ def differential_expression(control: Float[np.ndarray, "P N D"], treated: Float[
 
     Equal to `scanpy.tl.rank_genes_groups(method="wilcoxon")` up to rounding (a test says so), and many times faster.
     """
-    # [D:wilcoxon-ties] paper: a Wilcoxon rank-sum test; released code: scanpy's, which by default does not correct the
+    # [D29] paper: a Wilcoxon rank-sum test; released code: scanpy's, which by default does not correct the
     # variance for ties; here: the same, because the tables do. Equal zeros are ties: sparse genes get too large a p.
     n, m = treated.shape[1], control.shape[1]
     ranks = scipy.stats.rankdata(np.concatenate([treated, control], axis=1), axis=1)
     z = (ranks[:, :n].sum(1) - n * (n + m + 1) / 2) / np.sqrt(n * m * (n + m + 1) / 12)
     adjusted = scipy.stats.false_discovery_control(2 * scipy.stats.norm.sf(np.abs(z)), axis=1)  # over the genes
 
-    # [D:fold-change] paper: ratio of means; released code: scanpy's ratio of expm1(mean of log1p), nearly of geometric
+    # [D30] paper: ratio of means; released code: scanpy's ratio of expm1(mean of log1p), nearly of geometric
     # means; here: the same, because the tables do. Its 1e-9 keeps silent genes finite: silent on one side |l| is up to
     # 30, so that an exact zero ranks first; on both sides l = 0. A negative mean is impossible and counts as silent.
     level = lambda cells: np.expm1(np.maximum(cells.mean(1, dtype=float), 0)) + 1e-9
@@ -160,7 +160,7 @@ def deg_auprc(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
     p, fold_change = differential_expression(observed, predicted)
     score = np.abs(fold_change) * (p < P_VALUE)                  # R, P D
 
-    # [D:auprc-pooled] paper: speaks of one perturbation; released code: one ranking of the genes of all conditions;
+    # [D31] paper: speaks of one perturbation; released code: one ranking of the genes of all conditions;
     # here: the same, because a condition without differentially expressed genes has no curve of its own.
     def area(s):
         return float(sklearn.metrics.average_precision_score(truth.ravel(), s.ravel())) if truth.any() else float("nan")
@@ -184,7 +184,7 @@ def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M 
     None stands for what is not defined: MR without an effect, PDS without a rival, AUPRC without differentially
     expressed genes or on data that are not log-expression (as in Table 2). Means are over the conditions that remain.
     """
-    # [D:pds-within-context] paper: a single held-out context; here: where there are several (`contexts`, P), the true
+    # [D28] paper: a single held-out context; here: where there are several (`contexts`, P), the true
     # means of other contexts are no rivals, because they can be told apart without knowing the treatment.
     contexts = np.zeros(len(true), int) if contexts is None else contexts
     ranks = np.empty(len(true))

@@ -106,6 +106,11 @@ def joint_attention(q, k, v, kind: str = "auto"):
 # ------------------------------------------------------------------------------------------------ one MMDiT block (A.1)
 
 
+def scaled(linear: eqx.nn.Linear, gain: float | Float[Array, "out 1"]) -> eqx.nn.Linear:
+    """The same layer with its weights, or each of its outputs' weights, multiplied."""
+    return eqx.tree_at(lambda l: l.weight, linear, linear.weight * gain)
+
+
 class Stream(eqx.Module):
     """One stream's own weights in one block: FiLM by time, queries, keys and values, and the feed-forward network."""
 
@@ -119,11 +124,13 @@ class Stream(eqx.Module):
     norm: eqx.nn.LayerNorm
     heads: int = eqx.field(static=True)
 
-    def __init__(self, width: int, heads: int, *, key: PRNGKeyArray):
+    def __init__(self, width: int, heads: int, value_gain: float = 1.0, *, key: PRNGKeyArray):
+        """`value_gain` multiplies the initial weights of the attention values."""
         k_film, k_qkv, k_out, k_expand, k_contract = jr.split(key, 5)
         film = eqx.nn.Linear(width, 4 * width, key=k_film)
         self.film = jax.tree.map(jnp.zeros_like, film)  # at initialisation the time changes nothing
-        self.qkv = eqx.nn.Linear(width, 3 * width, use_bias=False, key=k_qkv)
+        gain = jnp.repeat(jnp.array([1, 1, value_gain]), width)[:, None]  # of queries, keys, values
+        self.qkv = scaled(eqx.nn.Linear(width, 3 * width, use_bias=False, key=k_qkv), gain)
         self.q_norm = eqx.nn.RMSNorm(width // heads, use_bias=False)
         self.k_norm = eqx.nn.RMSNorm(width // heads, use_bias=False)
         self.out = eqx.nn.Linear(width, width, key=k_out)
@@ -158,8 +165,12 @@ class Block(eqx.Module):
 
     streams: tuple[Stream, Stream, Stream]
 
-    def __init__(self, width: int, heads: int, *, key: PRNGKeyArray):
-        self.streams = tuple(Stream(width, heads, key=k) for k in jr.split(key, 3))
+    def __init__(self, width: int, heads: int, treatment_gain: float = 1.0, *, key: PRNGKeyArray):
+        # [D11] paper: silent; released code: no gains; here, at smoke and laptop scale: the values of the treatment stream start
+        # 10 times larger. Its 1 + K tokens stand beside (1 + K) N cells, so attention that has learnt nothing yet drowns
+        # them, and a short training spends most of its updates on finding out that there is a query.
+        gains = (1.0, 1.0, treatment_gain)
+        self.streams = tuple(Stream(width, heads, g, key=k) for g, k in zip(gains, jr.split(key, 3)))
 
     def __call__(self, xs: tuple, time: Float[Array, " E"], attention: str) -> tuple:
         """The tokens of the noise, cell and treatment streams, each [n, E] -> the same shapes."""
@@ -212,10 +223,11 @@ class MapPFN(eqx.Module):
     skip: bool = eqx.field(static=True)
 
     def __init__(self, genes: int, width: int, depth: int, heads: int, registers: int, *, attention: str = "auto",
-                 remat: bool = False, skip: bool = False, key: PRNGKeyArray):
+                 remat: bool = False, skip: bool = False, treatment_gain: float = 1.0, key: PRNGKeyArray):
         """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`.
 
-        `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`.
+        `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`;
+        `treatment_gain` enlarges the initial weights of the treatment stream [D11].
         """
         if width % (2 * heads) or depth < 1:
             raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), depth at least 1")
@@ -223,9 +235,9 @@ class MapPFN(eqx.Module):
         self.noise_in = eqx.nn.Linear(genes, width, key=keys[0])
         self.cells_in = eqx.nn.Linear(genes, width, key=keys[1])
         self.cells_mix = eqx.nn.Linear(width, width, key=keys[2])
-        # [D11] paper: silent; released code: the initialisation for `genes` inputs; here: for one input, since of a one-hot only
-        # one is on. Without it a treatment token starts out as mostly its embeddings, and copying t_q to its gene is learnt late.
-        self.treatments_in = eqx.tree_at(lambda l: l.weight, eqx.nn.Linear(genes, width, key=keys[3]), replace_fn=lambda w: w * math.sqrt(genes))
+        # A one-hot has one input switched on, not `genes` of them (part of D11).
+        fan_in = math.sqrt(genes) if treatment_gain != 1 else 1.0
+        self.treatments_in = scaled(eqx.nn.Linear(genes, width, key=keys[3]), fan_in)
         self.treatments_mix = eqx.nn.Linear(width, width, key=keys[4])
         self.time = eqx.nn.MLP(width, width, 4 * width, 1, activation=jax.nn.silu, key=keys[5])
         embedding = lambda k, *shape: jr.normal(k, shape) / math.sqrt(shape[-1])  # N(0, 1/dim) (released code)
@@ -235,7 +247,7 @@ class MapPFN(eqx.Module):
         self.slot = embedding(keys[9], SLOTS, width)
         self.is_query = embedding(keys[10], width)
         self.null = embedding(keys[11], width)
-        self.blocks = eqx.filter_vmap(lambda k: Block(width, heads, key=k))(jr.split(keys[12], depth))
+        self.blocks = eqx.filter_vmap(lambda k: Block(width, heads, treatment_gain, key=k))(jr.split(keys[12], depth))
         self.velocity_out = eqx.nn.Linear(width, genes, key=keys[13])
         self.attention, self.remat, self.skip = attention, remat, skip
 

@@ -12,8 +12,8 @@ Linear SCMs are so cheap that nothing is written: the training and table scripts
     python prior.py --scale paper --statistics            # 30 GRNs beside the released generator's, 10 seconds
 
 A GRN depends on the seed and its own number only, not on the shards, so a run that was killed can simply be repeated.
-Departures: [D:shared-noise] [D:condition-scale] [D:mr-rule] [D:weakest-edge] [D:hill-integer] [D:dropout-names]
-[D:amplitude-once] [D:never-expressed] [D:natural-log].
+Departures: [D13] [D14] [D15] [D16] [D17] [D18]
+[D19] [D20] [D21].
 
 Symbols     name            shape     meaning
 W           w               C D D     w[c, k, j]: linear effect of parent j on child k, 0 without an edge
@@ -122,7 +122,7 @@ def simulate_linear(rng: np.random.Generator, w: Float[np.ndarray, "C D D"], pop
     node = np.arange(genes)
     transfer = np.linalg.inv(np.eye(genes) - w).astype(np.float32)
     values = rng.uniform(0.5, 1.5, (contexts, genes)).astype(np.float32)
-    # [D:shared-noise] paper: new noise N_k for each intervention (4, Algorithm 1); released code: one draw for all
+    # [D13] paper: new noise N_k for each intervention (4, Algorithm 1); released code: one draw for all
     # interventions of a graph, another for its control; here: the paper's, because the reference rows of Table 2 come
     # out the same, and because context experiments with the noise of the target's cells would give those cells away.
     draws = 2 if shared_noise else 1 + genes
@@ -140,7 +140,7 @@ def standardise(cells: Float[np.ndarray, "... N D"]) -> Float[np.ndarray, "... N
 
     The mean is kept (it carries the effect); so is a variable without variance, which is the intervened one.
     """
-    # [D:condition-scale] paper: "we scale all variables of the generated data to unit variance"; released code: each
+    # [D14] paper: "we scale all variables of the generated data to unit variance"; released code: each
     # condition by itself; here: as released, since it gives the reference rows of Table 2. It erases the change of
     # variance that an intervention causes: only means and correlations are left to predict.
     sd = cells.std(-2, keepdims=True)
@@ -202,7 +202,7 @@ def cut_cycles(rng: np.random.Generator, parents: Bool[np.ndarray, "D D"]) -> Bo
     the strongest to the weakest and keep track of who reaches whom. (Removing one edge at a time until no cycle is
     left keeps more edges, 79 instead of 71 of 50 genes, and does not give the released generator's statistics.)
     """
-    # [D:weakest-edge] paper: "the edge with the smallest absolute weight"; released code: weights N(0, 1) that serve
+    # [D16] paper: "the edge with the smallest absolute weight"; released code: weights N(0, 1) that serve
     # for nothing else (the strengths are drawn anew); here: no weights but a random order, which is all that matters.
     kept = parents.copy()
     reaches = np.eye(len(parents), dtype=bool)                       # [k, j]: j reaches k along the edges seen so far
@@ -214,7 +214,7 @@ def cut_cycles(rng: np.random.Generator, parents: Bool[np.ndarray, "D D"]) -> Bo
 
 def sample_grn_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
     """parents[k, j]: gene j regulates gene k. Acyclic, every gene has an edge, at least one is a master regulator."""
-    # [D:mr-rule] paper, released code: if no master regulator is left, 5% of the genes are made into some; here: not
+    # [D15] paper, released code: if no master regulator is left, 5% of the genes are made into some; here: not
     # written, because it cannot happen: walking up from any edge of a graph without cycles ends at one.
     parents = cut_cycles(rng, grow_graph(rng, genes))
     shuffled = rng.permutation(genes)                # early genes become hubs: a gene's number must not tell its age
@@ -242,16 +242,16 @@ def sample_network(rng: np.random.Generator, genes: int) -> Network:
     parents = sample_grn_graph(rng, genes)
     return Network(
         strength=parents * rng.uniform(1.0, 5.0, parents.shape),
-        # [D:hill-integer] paper: U[1.5, 2.5]; released code: truncated, since sergio-rs takes only integers; here:
+        # [D17] paper: U[1.5, 2.5]; released code: truncated, since sergio-rs takes only integers; here:
         # as released, so that half of the interactions have 1 and half 2.
         hill=rng.uniform(1.5, 2.5, parents.shape).astype(int),
         decay=rng.uniform(0.5, 1.0, genes),
-        # [D:amplitude-once] paper: one amplitude per simulation; released code: the unpaired prior draws another for
+        # [D19] paper: one amplitude per simulation; released code: the unpaired prior draws another for
         # each condition; here: one per GRN in both, so that the ablation changes the noise and nothing else.
         process_noise=rng.uniform(0.5, 1.5),
         outlier=rng.uniform(0.8, 5.0),
         library=(rng.uniform(4.5, 6.0), rng.uniform(0.3, 0.7)),
-        # [D:dropout-names] paper: "dropout percentile" 8 and "temperature" 45-82; released code, here: the other way
+        # [D18] paper: "dropout percentile" 8 and "temperature" 45-82; released code, here: the other way
         # round, which is what SERGIO means by them: steepness 8, percentile 45-82.
         dropout=rng.uniform(45.0, 82.0))
 
@@ -284,7 +284,7 @@ def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: 
     present = [int(name) for name in frame.drop_in_place("Genes")]   # all but the knocked-out one
     expression = np.zeros((len(genes), cells))
     expression[present] = frame.to_numpy()
-    # [D:never-expressed] paper: nothing; released code: drops a condition when any gene is never expressed; here: the
+    # [D20] paper: nothing; released code: drops a condition when any gene is never expressed; here: the
     # same before technical noise, and the knocked-out gene is excused. After it, one in six would go.
     if not (expression[present].max(1) > 0).all():                   # not above zero: zero, or not a number
         return None
@@ -398,7 +398,7 @@ def load_grn_screen(folder: str | Path, held_out: int = 0, seed: int = 0) -> Scr
         row += len(counts)
     total = np.maximum(cells.sum(1, keepdims=True), 1)               # an empty cell stays empty
     cells *= np.median(total) / total
-    # [D:natural-log] paper: log2 (eq. 5); released code, here: the natural logarithm that scanpy's log1p takes.
+    # [D21] paper: log2 (eq. 5); released code, here: the natural logarithm that scanpy's log1p takes.
     np.log1p(cells, out=cells)
     count = count[count[:, CONTROL] > 0]                             # a GRN without control has no rows
     values = np.ones((len(count), settings["genes"]), np.float32)    # a knock-out is do(1) in the one-hot

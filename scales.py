@@ -26,6 +26,7 @@ TABLE = {
         "registers":             (2,          8,        8),  # register tokens of the noise stream (A.1)
         "ema":                   (0.9,     0.99,    0.999),  # decay of the averaged weights (A.2)
         "skip":                  (True,    True,    False),  # predict what is to be added to the velocity of N(0, I) [D12]
+        "treatment_gain":        (10.0,    10.0,      1.0),  # of the initial weights of the treatment stream [D11]
         "remat":                 (False,  False,     True),  # recompute activations to save memory (released code)
     },
     "linear": {                # linear SCM prior (5.1, B.1)
@@ -42,7 +43,7 @@ TABLE = {
     },
     "grn": {                   # synthetic biological prior (5.1, B.2)
         "genes":                 (8,         20,       50),  # genes D (B.2)
-        "contexts":              (16,      1000,     6000),  # random GRNs (B.2)
+        "contexts":              (16,       800,     6000),  # random GRNs (B.2)
         "population":            (64,       100,      200),  # cells simulated per condition (B.2)
         "cells":                 (16,        16,      200),  # cells N of a population in a task (B.2)
         "context":               (2,          4,        8),  # context experiments K (B.2)
@@ -57,16 +58,17 @@ TABLE = {
         "splits":                (2,         10,        1),  # random splits into train and test treatments (B.4)
         "cells":                 (16,        16,      200),  # cells N of a population in a task (B.3)
         "context":               (2,          4,        8),  # context experiments K (B.2)
-        "updates":               (10,       150,      375),  # 3,000 iterations (A.3) [D1]
+        "updates":               (10,       100,      375),  # 3,000 iterations (A.3) [D1]
         "micro_batch":           (8,         16,       32),  # (released code)
         "accumulate":            (1,          1,        8),  # (released code)
-        "learning_rate":         (3e-4,    3e-4,     5e-5),  # peak (A.3)
+        "learning_rate":         (1e-3,    1e-3,     5e-5),  # peak (A.3)
     },
     "scratch": {               # real cells only, from random initialisation: as "real", but
         "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
     },
     "evaluate": {              # sampling and metrics (A.4, 6, C.2)
         "held_out":              (2,          6,       10),  # unseen DAGs of Table 2 [D10]
+        "steps":                 (4,          5,       10),  # Dopri5 steps, six evaluations each [D9]
         "eval_cells":            (32,       100,      200),  # cells per population that metrics compare (B.3)
         "seeds":                 (1,          1,        3),  # trainings per row of Table 2 (Table 2)
         "resamplings":           (1,          1,       10),  # draws of cells per split in Table 3 (Table 3)

@@ -65,6 +65,7 @@ class Settings:
     registers: int = 8  # (A.1)
     attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto
     skip: bool = False  # predict what is to be added to the velocity of N(0, I) [D12]
+    treatment_gain: float = 1.0  # of the initial weights of the treatment stream [D11]
     remat: bool = True  # recompute activations in the backward pass: less memory (released code)
     # tasks
     contexts: int = 1000  # linear: random DAGs in memory at a time (B.1)
@@ -184,7 +185,11 @@ def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
 
 
 def averaged(s: Settings, state: State) -> PyTree:
-    """The EMA weights that inference uses (A.2), divided by 1 - ema^n so that the zeros it started from do not count."""
+    """The EMA weights that inference uses (A.2).
+
+    [D8] paper, released code: no correction; here: divided by 1 - ema^n, so that an average that started from zero does not
+    remember it, and a run of a few hundred updates can be used.
+    """
     return jax.tree.map(lambda a: a / (1 - s.ema ** state.update.astype(jnp.float32)), state.average)
 
 
@@ -288,7 +293,7 @@ def build(s: Settings | dict, seed: int = 0) -> MapPFN:
     """A randomly initialised model of the size that the settings, or a checkpoint's header, say."""
     s = dataclasses.asdict(s) if isinstance(s, Settings) else s | {"attention": "auto", "remat": False}
     return MapPFN(s["genes"], s["width"], s["depth"], s["heads"], s["registers"], attention=s["attention"],
-                  remat=s["remat"], skip=s["skip"], key=jr.key(seed))
+                  remat=s["remat"], skip=s["skip"], treatment_gain=s["treatment_gain"], key=jr.key(seed))
 
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:

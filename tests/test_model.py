@@ -24,11 +24,11 @@ def shapes(*sizes, **options):
     return eqx.filter_eval_shape(lambda: MapPFN(*sizes, **options, key=jr.key(0)))
 
 
-def build(attention="auto", remat=False) -> MapPFN:
-    """A tiny network of random numbers (its own would take long to compile), of FiLM too, which otherwise is zero and hides the time."""
+def build(attention="auto", remat=False, skip=False) -> MapPFN:
+    """A tiny network of random numbers: its own take long to compile, and its FiLM of zero would hide the time."""
     rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-    return jax.tree.map(fill, shapes(GENES, WIDTH, DEPTH, 2, 2, attention=attention, remat=remat))
+    return jax.tree.map(fill, shapes(GENES, WIDTH, DEPTH, 2, 2, attention=attention, remat=remat, skip=skip))
 
 
 def inputs(seed=0, experiments=EXPERIMENTS, generated=CELLS, cells=CELLS, drop=False) -> dict:
@@ -37,7 +37,8 @@ def inputs(seed=0, experiments=EXPERIMENTS, generated=CELLS, cells=CELLS, drop=F
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     return {"y_tau": normal(generated, GENES), "tau": np.float32(rng.random()), "observed": normal(cells, GENES),
             "context": normal(experiments, cells, GENES), "context_treatments": normal(experiments, GENES),
-            "query": normal(GENES), "slots": rng.permutation(SLOTS)[:experiments].astype(np.int32), "drop": np.array(drop)}
+            "query": normal(GENES), "slots": rng.permutation(SLOTS)[:experiments].astype(np.int32),
+            "drop": np.array(drop)}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_order_of_given_cells_says_nothing(run, population):
     """A population is a set: permuting its cells leaves the velocity as it is."""
     x = inputs()
-    shuffled = x | {population: np.take(x[population], np.random.default_rng(1).permutation(CELLS), POPULATIONS[population])}
+    order = np.random.default_rng(1).permutation(CELLS)
+    shuffled = x | {population: np.take(x[population], order, POPULATIONS[population])}
     assert not same(x[population], shuffled[population])
     assert same(run(**x), run(**shuffled))
 
@@ -145,14 +147,33 @@ def test_null_condition_hides_every_input(run):
     assert np.abs(run(**x) - run(**inputs())).max() > 1e-3
 
 
-def test_time_enters_through_film_only(run, network):
-    """FiLM is zero at initialisation, where the time has no effect; once it is not zero, it has."""
+def test_initialisation(run, network):
+    """FiLM starts at zero, where the time has no effect; once it is not zero, it has. Weights of one-hot treatments
+    are drawn as for a single input, up to 1, not 1 / sqrt(D) [D11]."""
     films = lambda net: [s.film for s in net.blocks.streams]
-    at_first = jax.jit(lambda: films(MapPFN(GENES, WIDTH, DEPTH, 2, 2, key=jr.key(0))))()
+    start = lambda net: (films(net), net.treatments_in.weight)
+    at_first, treatments = jax.jit(lambda: start(MapPFN(GENES, WIDTH, DEPTH, 2, 2, key=jr.key(0))))()
     fresh = eqx.tree_at(films, network, at_first)
     early, late = (inputs() | {"tau": np.float32(tau)} for tau in (0.1, 0.9))
     assert np.array_equal(run(fresh, **early), run(fresh, **late))
     assert np.abs(run(**early) - run(**late)).max() > 1e-3
+    assert 0.9 < np.abs(treatments).max() <= 1
+
+
+def test_gaussian_velocity_is_a_regression():
+    """[D12] E[Y - Y_0 | Y_tau] for Y of N(0, I), against the least-squares slope of a simulation; zero at tau = 1/2."""
+    y_0, y = np.random.default_rng(0).standard_normal((2, 200_000)).astype(np.float32)
+    for tau in (0.1, 0.5, 0.8):
+        y_tau = (1 - tau) * y_0 + tau * y
+        slope = np.mean((y - y_0) * y_tau) / np.mean(y_tau**2)
+        assert float(model.gaussian_velocity(jnp.ones((1, 1)), jnp.array(tau))[0, 0]) == pytest.approx(slope, abs=0.02)
+
+
+def test_skip_adds_the_gaussian_velocity(run, network):
+    """[D12] With skip the same weights give the same output, plus that velocity."""
+    x = inputs()
+    added = model.gaussian_velocity(jnp.asarray(x["y_tau"]), jnp.asarray(x["tau"]))
+    assert same(run(build(skip=True), **x), run(**x) + added)
 
 
 # ---------------------------------------------------------------------------------------------- attention and gradients
@@ -180,7 +201,8 @@ def loss_and_gradient(attention: str, remat: bool = False):
 
 def assert_same_gradient(one, other):
     assert one[0] == pytest.approx(other[0], rel=1e-4)
-    for a, b in zip(*(jax.tree.leaves(eqx.filter(gradient, eqx.is_array)) for _, gradient in (one, other)), strict=True):
+    leaves = [jax.tree.leaves(eqx.filter(gradient, eqx.is_array)) for _, gradient in (one, other)]
+    for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max() + 1e-3))
 
 

@@ -1,0 +1,71 @@
+"""Claims about README.md: what it points to exists, and its commands have the scripts, words and flags that it says."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+POINTERS = sorted(set(re.findall(r"`((?:tests/)?\w+\.py):([\w.]+)(?:\(\))?`", TEXT)))
+COMMANDS = sorted(set(re.findall(r"(?m)^[ \t$>]*((?:\w+=\S+ +)*python3? +[\w/]+\.py\b[^\n`#]*)", TEXT)
+                      + re.findall(r"`(python3? +[\w/]+\.py\b[^\n`]*)`", TEXT)))
+
+
+def names_in(file: Path) -> set[str]:
+    """Functions, classes, methods and fields (with or without their class) and module-level names of a file."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            inner = [n.name if isinstance(n, ast.FunctionDef) else n.target.id for n in node.body
+                     if isinstance(n, (ast.FunctionDef, ast.AnnAssign))]
+            names |= {*inner, *(f"{node.name}.{name}" for name in inner)}
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        targets = [t for t in targets if t is not None]
+        names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return names
+
+
+def fields_of(file: Path) -> set[str]:
+    """Fields of the script's Settings."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Settings":
+            return {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    return set()
+
+
+def test_the_map_is_there():
+    """The README maps the paper to code: it has pointers of the form `file.py:name`, and commands."""
+    assert len(POINTERS) > 10 and COMMANDS
+
+
+@pytest.mark.parametrize("file, name", POINTERS)
+def test_pointer_leads_somewhere(file, name):
+    """Every `file.py:name` is a function, class, method or constant of that file."""
+    assert (ROOT / file).is_file(), f"{file} does not exist"
+    assert name in names_in(ROOT / file), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_fits_its_script(command):
+    """The script exists, and every flag is one of its settings."""
+    words = shlex.split(command.split("|")[0].split("&&")[0].split(";")[0].rstrip("\\ "))
+    words = words[[w in ("python", "python3") for w in words].index(True) + 1 :]
+    script = ROOT / words[0]
+    assert script.is_file(), f"{script.name} does not exist"
+    flags = [w[2:].split("=")[0].replace("-", "_") for w in words[1:] if w.startswith("--")]
+    known = fields_of(script) | {"help"}
+    for flag in flags:
+        assert flag in known or flag.removeprefix("no_") in known, f"{script.name} has no --{flag.replace('_', '-')}"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXT))))
+def test_link_leads_somewhere(path):
+    """Every relative link is a file of the repository."""
+    assert (ROOT / path).exists(), f"{path} does not exist"

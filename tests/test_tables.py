@@ -1,0 +1,224 @@
+"""Claims about tables.py: what stands in a cell, beside which number of the paper, and what if nothing was run."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import metrics
+import scales
+import tables
+from scales import BadInput
+
+METRICS = ("wasserstein", "mmd", "rmse", "pds", "magnitude_ratio", "variance_rmse")
+
+
+def result(folder, name: str, contexts=("all",), conditions=None, meta=None, **values):
+    """A file of predictions, by name only, and its metrics, all 0.5 but for `values`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.npz").write_bytes(b"not looked at")
+    content = {"auprc": None, "contexts": list(contexts), "conditions": conditions or {}}
+    content |= dict.fromkeys(METRICS, 0.5) | values
+    about = {"method": name.split("-split")[0], "seed": 0, "seconds": 1.5, "revision": "abc"} | (meta or {})
+    (folder / f"{name}.json").write_text(json.dumps({"meta": about, "metrics": content}))
+
+
+@pytest.fixture
+def linear(tmp_path):
+    """out/smoke/samples/linear"""
+    return tmp_path / "smoke" / "samples" / "linear"
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """Run main(); returns the text of tables.md and the content of tables.json."""
+    def run(scale="smoke", **changed):
+        monkeypatch.setattr(scales, "parse", lambda *a: tables.Settings(scale=scale, out=tmp_path, **changed))
+        tables.main()
+        folder = tmp_path / scale
+        return (folder / "tables.md").read_text(), json.loads((folder / "tables.json").read_text())
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- one number
+
+
+def test_mean_and_spread_by_hand(linear):
+    """Three seeds with RMSE 0.1, 0.2 and 0.6 are 0.3 +- 0.2646 (n - 1); MMD is in thousandths."""
+    for i, value in enumerate((0.1, 0.2, 0.6)):
+        result(linear, f"mappfn-seed{i}-split0-draw0", rmse=value, mmd=value / 100, meta={"training": {"seed": i}})
+    row, = tables.summarise(tables.collect(linear), "linear")
+    assert (row["row"], row["files"], row["seeds"], row["seconds"]) == ("mappfn", 3, [0, 1, 2], 4.5)
+    rmse, mmd = row["metrics"]["rmse"], row["metrics"]["mmd"]
+    assert (rmse["mean"], rmse["sd"], rmse["n"]) == (pytest.approx(0.3), pytest.approx(0.07**0.5), 3)
+    assert (mmd["mean"], mmd["sd"]) == (pytest.approx(3), pytest.approx(10 * 0.07**0.5))
+    assert rmse["paper"] == (0.14, 0.00) and mmd["paper"] == (4.28, 0.06)
+    assert "auprc" not in row["metrics"]
+
+
+def test_one_file_of_several_graphs_is_spread_over_graphs(linear):
+    """Its conditions are averaged within each graph; one that is undefined (None) is left out, not zero."""
+    result(linear, "identity-split0-draw0", contexts=["a", "a", "b", "b"],
+           conditions={name: [1.0, 3.0, None, 6.0] for name in METRICS})
+    row, = tables.summarise(tables.collect(linear), "linear")
+    assert row["metrics"]["rmse"] == {"mean": 4.0, "sd": pytest.approx(8**0.5), "n": 2, "paper": (0.28, 0.01)}
+
+
+def test_one_value_has_no_spread(linear):
+    """A single file of a single context has a mean and no standard deviation."""
+    result(linear, "oracle-split0-draw0", rmse=0.25)
+    row, = tables.summarise(tables.collect(linear), "linear")
+    assert row["metrics"]["rmse"] == {"mean": 0.25, "sd": None, "n": 1, "paper": None}
+    assert tables.cell(row["metrics"]["rmse"]) == "0.250"
+
+
+def test_what_a_cell_says():
+    """Ours, and the paper's where it has a number; a dash, never nothing, where there is no value."""
+    assert tables.cell({"mean": 13.7, "sd": 0.52, "n": 3, "paper": (13.69, 0.05)}) == "13.7 ± 0.5 (paper: 13.69 ± 0.05)"
+    assert tables.cell({"mean": 0.1234, "sd": None, "n": 1, "paper": None}) == "0.123"
+    assert tables.cell(None).strip()
+
+
+@pytest.mark.parametrize("experiment, row, metric, expected", [
+    ("linear", "mappfn", "wasserstein", (13.69, 0.05)), ("linear", "identity", "mmd", (12.98, 0.35)),
+    ("linear", "observed", "magnitude_ratio", (1.00, 0.00)), ("linear", "mappfn", "pds", (0.01, 0.01)),
+    ("melanoma", "mappfn-finetuned", "auprc", (0.38, 0.03)), ("melanoma", "mappfn-random", "mmd", (51.78, 0.80)),
+    ("melanoma", "mappfn-pretrained", "pds", (0.17, 0.01)), ("melanoma", "identity", "wasserstein", (22.91, 0.18)),
+    ("leukemia", "mappfn-pretrained", "magnitude_ratio", (2.56, 0.02)), ("leukemia", "observed", "auprc", (0.91, 0.04)),
+    ("leukemia", "mappfn-random", "wasserstein", (14.95, 0.28)), ("leukemia", "mappfn-finetuned", "rmse", (0.15, 0.00)),
+])
+def test_numbers_of_the_paper(experiment, row, metric, expected):
+    """Tables 2 and 3 of the paper, read off again."""
+    assert dict(zip(tables.COLUMNS, tables.PAPER[experiment][row]))[metric] == expected
+
+
+def test_every_row_of_the_paper_is_a_row_here():
+    """No number of the paper belongs to a row or a table that is never printed, and each is a pair."""
+    for experiment, rows in tables.PAPER.items():
+        assert experiment in tables.TITLES and rows.keys() <= tables.ROWS.keys()
+        assert {len(row) for row in rows.values()} == {5 if experiment == "linear" else 6}
+        assert all(len(pair) == 2 for row in rows.values() for pair in row)
+
+
+def test_gap_closed_by_hand(linear):
+    """Identity 0.5 and oracle 0.1: an RMSE of 0.2 closes three quarters, one of 0.7 minus a half."""
+    values = {"identity": 0.5, "oracle": 0.1, "mappfn-seed0": 0.2, "additive": 0.7, "observed": 0.05}
+    for name, value in values.items():
+        result(linear, f"{name}-split0-draw0", rmse=value)
+    table = tables.summarise(tables.collect(linear), "linear")
+    assert tables.gap_closed(table) == {"mappfn": pytest.approx(0.75), "additive": pytest.approx(-0.5)}
+    assert tables.gap_closed([row for row in table if row["row"] != "oracle"]) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_no_cell_is_blank(main, linear):
+    """Rows with different metrics share a table: each cell has a number or a dash; empty columns are left out."""
+    result(linear, "mappfn-seed1-split0-draw0", variance_rmse=None)
+    result(linear, "identity-split0-draw0", pds=None)
+    text, document = main()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3
+    assert all(cell.strip() for line in rows for cell in line.strip("|").split("|")[1:])
+    assert len({line.count("|") for line in rows}) == 1
+    assert "AUPRC" not in rows[0] and "variance RMSE" in rows[0]
+    assert [row["row"] for row in document["tables"]["linear"]["rows"]] == ["mappfn", "identity"]
+    assert document["versions"].keys() >= {"jax", "equinox", "diffrax"} and document["revision"]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop"])
+def test_small_scales_say_so(main, tmp_path, scale):
+    """The title and the heading of every table name the scale and that it is not the paper's."""
+    for experiment in ("linear", "toy"):
+        result(tmp_path / scale / "samples" / experiment, "identity-split0-draw0")
+    text, _ = main(scale)
+    title, *headings = [line for line in text.splitlines() if line.startswith("#") and line != "## Run"]
+    assert f"at {scale} scale" in title and "not comparable" in title
+    assert len(headings) == 4 and all(f"({scale} scale, not the paper's)" in line for line in headings)
+
+
+def test_paper_scale_makes_no_excuse(main, tmp_path):
+    """At paper scale headings stand for themselves."""
+    result(tmp_path / "paper" / "samples" / "linear", "identity-split0-draw0")
+    text, _ = main("paper")
+    assert "# Tables\n" in text and "## Table 2. Linear SCMs\n" in text and "not the paper's" not in text
+
+
+def test_what_was_not_run_says_why(main, tmp_path):
+    """The reason that the data stage left is printed, or else where predictions are missing; a toy needs no excuse."""
+    note = tmp_path / "smoke" / "data" / "melanoma" / "not-run.txt"
+    note.parent.mkdir(parents=True)
+    note.write_text("error: no network\n")
+    text, document = main()
+    assert "not run: error: no network" in text
+    assert f"not run: no predictions in {tmp_path / 'smoke' / 'samples' / 'leukemia'}" in text
+    assert document["tables"]["melanoma"] == {"not_run": "error: no network"}
+    assert "Toy" not in text
+
+
+@pytest.mark.parametrize("age", ["missing", "older"])
+def test_stale_metrics_are_refused(linear, age):
+    """Predictions without metrics, or newer than they, end in a message with the command that makes them."""
+    result(linear, "identity-split0-draw0")
+    file = linear / "identity-split0-draw0.json"
+    os.utime(file, ns=(0, 0)) if age == "older" else file.unlink()
+    with pytest.raises(BadInput, match="draw0.json: missing, or older than .*; make it with python metrics.py"):
+        tables.collect(linear)
+
+
+def test_clipping_is_told(linear):
+    """The share of negative expression that was set to zero stands under the table."""
+    result(linear, "mappfn-pretrained-split0-draw0", meta={"clipped_fraction": 0.125})
+    table = tables.summarise(tables.collect(linear), "leukemia")
+    assert "MapPFN (pre-trained) 12.5%" in tables.caption(table, "leukemia")
+
+
+def test_stage_times_are_summed(main, tmp_path):
+    """A stage that took two attempts counts both; a title may contain commas."""
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "times.csv").write_text("prior,10\ntrain: linear SCMs, seed 0,5\nprior,2\n")
+    text, document = main()
+    assert document["seconds"] == {"prior": 12, "train: linear SCMs, seed 0": 5}
+    assert "| prior | 12 |" in text and "| all | 17 |" in text
+
+
+def test_tables_are_written_whole(main, linear, monkeypatch, tmp_path):
+    """Predictions without metrics leave the tables of an earlier run as they were."""
+    result(linear, "identity-split0-draw0")
+    text, _ = main()
+    (linear / "oracle-split0-draw0.npz").write_bytes(b"")
+    with pytest.raises(BadInput):
+        main()
+    assert (tmp_path / "smoke" / "tables.md").read_text() == text
+
+
+def test_picture_of_a_prediction(linear, tmp_path):
+    """Drawn from the first test condition of MapPFN's first file; without one there is no picture, and no error."""
+    assert not tables.picture(tmp_path / "smoke", tmp_path / "prediction.png")
+    rng, p = np.random.default_rng(0), 2
+    cells = lambda shift: rng.normal(shift, 1, (p, 9, 4)).astype(np.float32)
+    meta = {"experiment": "linear", "scale": "smoke", "genes": ["a", "b", "c", "d"]}
+    metrics.save_predictions(linear / "mappfn-seed0-split0-draw0.npz", metrics.Predictions(
+        cells(0), cells(0), cells(1), cells(1), np.eye(4, dtype=np.float32)[:p], np.array(["x", "x"]), False, meta))
+    assert tables.picture(tmp_path / "smoke", tmp_path / "prediction.png")
+    assert (tmp_path / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reference_rows(main, tmp_path, monkeypatch):
+    """--reference evaluates identity, observed, oracle and target only, on graphs of the paper's size (here: tiny)."""
+    small = {"genes": 4, "population": 40, "eval_cells": 10}
+    monkeypatch.setattr(scales, "at", lambda scale, *sections: small if scale == "paper" else pytest.fail(scale))
+
+    def wasserstein(x, y):  # in place of the solver, which takes long to compile
+        return float(((x.mean(0) - y.mean(0)) ** 2).sum())
+
+    monkeypatch.setattr(metrics, "wasserstein", wasserstein)
+    monkeypatch.setattr(scales, "parse", lambda *a: tables.Settings(out=tmp_path, reference=True, graphs=3))
+    tables.main()
+    document = json.loads((tmp_path / "reference.json").read_text())
+    assert [row["row"] for row in document["rows"]] == ["identity", "observed", "oracle", "target-only"]
+    rmse = {row["row"]: row["metrics"]["rmse"] for row in document["rows"]}
+    assert all(value["n"] == 3 for value in rmse.values()) and rmse["identity"]["mean"] > rmse["observed"]["mean"]
+    assert "paper: 17.61 ± 0.14" in (tmp_path / "reference.md").read_text()
