@@ -6,7 +6,7 @@ Paper: 5.2, appendix C.1. Reads what `sample.py` evaluates on (its `evaluation_s
     python baselines.py toy --scale smoke
     python baselines.py linear                       # laptop scale; seconds, most of them to build the data
     python baselines.py leukemia --scale paper
-Departures from the paper, marked where they happen: D32, D33, D:mr-fresh-cells (in `metrics.py`).
+Departures from the paper, marked where they happen: D32, D33.
 
     symbol       name here           shape     meaning
     mu_c         control_means[c]    D         mean control cell of biological context c

@@ -10,8 +10,7 @@ simulated screens of `prior.py` are a `Screen` too, and every task that a model 
     python data.py --scale paper --dataset melanoma   # Frangieh et al. 2021, downloaded
     python data.py --scale paper --dataset leukemia   # Papalexi et al. 2021, downloaded, or read with --h5ad FILE
 
-Departures from the paper, marked where they happen: D23, D24, D22,
-D21, D25, D26.
+Departures from the paper, marked where they happen: D21 to D26.
 
     paper          name here             meaning
     psi            context               biological context: a cell line or culture condition; in `prior.py` one SCM

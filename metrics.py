@@ -7,8 +7,7 @@ Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<expe
     python metrics.py out/laptop/samples/linear
     python metrics.py out/paper/samples
 After 15 s of imports and compilation it takes 0.1 to 0.2 s a condition of 200 cells on two CPU cores, 0.02 s at 100.
-Departures from the paper, marked where they happen: D27, D28,
-D29, D30, D31.
+Departures from the paper, marked where they happen: D27 to D31.
 
     paper        name here     shape     meaning
     Y^obs        observed      P N D     control cells

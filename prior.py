@@ -5,15 +5,14 @@ Reads nothing. Writes `out/<scale>/prior/grn-<i>-of-<n>.npz`, raw counts of the 
 Linear SCMs are so cheap that nothing is written: the training and table scripts call `linear_screen`.
 
     python prior.py --scale smoke                         # 16 GRNs of 8 genes: seconds
-    python prior.py --scale laptop --workers 2            # 1000 GRNs of 20 genes: 2-3 minutes on 2 cores
+    python prior.py --scale laptop --workers 2            # 800 GRNs of 20 genes: 3 minutes on 2 cores
     python prior.py --scale paper --workers 64            # 6000 GRNs of 50 genes: about 4 core-hours, 2 GB on disk
     python prior.py --scale paper --num-shards 100 --shard $SLURM_ARRAY_TASK_ID    # the same, as a cluster array
     python prior.py --scale laptop --unpaired             # the ablation of Table 4 and Figure 2
     python prior.py --scale paper --statistics            # 30 GRNs beside the released generator's, 10 seconds
 
 A GRN depends on the seed and its own number only, not on the shards, so a run that was killed can simply be repeated.
-Departures: [D13] [D14] [D15] [D16] [D17] [D18]
-[D19] [D20] [D21].
+Departures, marked where they happen: D13 to D21.
 
 Symbols     name            shape     meaning
 W           w               C D D     w[c, k, j]: linear effect of parent j on child k, 0 without an edge

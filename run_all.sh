@@ -76,6 +76,7 @@ echo "== $("$PY" --version), JAX devices: $BACKEND"
 case "$DEVICE $BACKEND" in cuda*cpu*) fail "DEVICE=$DEVICE, but JAX sees no GPU; check the driver, or set DEVICE=cpu" ;; esac
 if [ -z "$SCALE" ]; then case "$BACKEND" in cpu*) SCALE=laptop ;; *) SCALE=paper ;; esac; fi
 
+if [ "$SCALE" = smoke ]; then export JAX_DISABLE_MOST_OPTIMIZATIONS=1; fi  # compiling is most of it: five times faster
 if [ "$SCALE" = test ]; then exec "$PY" -m pytest -q tests; fi
 
 # ---------------------------------------------------------------------------------------------------------------- stages

@@ -4,7 +4,7 @@ Paper: appendix A.4 (Dopri5, classifier-free guidance), section 6 and Figure 3 (
 out). Reads `train/<run>/model.eqx` and `data/`, writes `samples/<experiment>/<method>-split<s>-draw<r>.npz` below
 out/<scale>; `baselines.py` writes its rows beside them, from the same tasks. Departures: D9, D10.
 
-    python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs          20 s / 2 min / -
+    python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 2 min / -
     python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 3 min / -
 (two CPU cores; paper scale has not been timed)
 
@@ -81,7 +81,7 @@ def flow(model: MapPFN, task: Task, guidance: float, steps: int, cells: int, *, 
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 10 steps (61), which differ
-    from 100 by less than 1e-3 on trained models (`tests/test_sample.py`; the table in the README has fewer and more).
+    from 100 by less than 1e-3 in root mean square on a trained model (`tests/test_sample.py`).
     """
     key_noise, key_slots = jr.split(key)
     slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]
@@ -105,8 +105,8 @@ def _flows(model, tasks, keys, guidance, steps, cells):
     return each(parameters, (tasks, keys))
 
 
-def generate(model: MapPFN, tasks: Task, guidance: float = 2.0, steps: int = 10, cells: int | None = None, *,
-             key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
+def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0, steps: int = 10,
+             cells: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
     """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
 
     A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
@@ -136,9 +136,9 @@ def gene_subsets(rng: np.random.Generator, genes: int, size: int, subsets: int, 
     """
     others = np.setdiff1d(np.arange(genes), always)
     room = size - len(always)
-    if room < 0 or subsets * room < len(others):
-        raise BadInput(f"{subsets} subsets of {size} genes cannot cover {genes} genes of which {len(always)} are in all of them; "
-                       f"use more subsets, or fewer context experiments")
+    if not 0 <= room <= len(others) <= subsets * room:
+        raise BadInput(f"{subsets} subsets of {size} genes cannot cover {genes} genes of which {len(always)} are in all "
+                       "of them; use more subsets, or fewer context experiments")
     # A queue of reshuffled rounds; a gene that is in the current subset already waits for the next.
     result, queue = [], []
     for _ in range(subsets):

@@ -106,7 +106,9 @@ def parse(settings_class, sections, argv: list[str] | None = None):
     if scale not in SCALES:
         raise BadInput(f"--scale {scale}: expected one of {', '.join(SCALES)}")
     if callable(sections):
-        sections = sections(argv[0] if argv and not argv[0].startswith("-") else None)
+        if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+            raise BadInput("name what to run before the options; --help lists it")
+        sections = sections(argv[0])
     column, default = at(scale, *sections) | {"scale": scale}, {}
     for field in dataclasses.fields(settings_class):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -6,7 +6,7 @@ Paper: section 6, Tables 2 and 3. Reads `samples/<experiment>/*.json` (metrics.p
     python tables.py --scale smoke|laptop|paper     seconds
     python tables.py --reference                    the identity and observed rows of Table 2 at the paper's own size, which
                                                     need no training: one minute on two CPU cores, into out/reference.md
-Departures: D10, D12 and those of the metrics.
+Departures: D10 and those of the metrics, D27 to D31.
 """
 
 import dataclasses
@@ -99,9 +99,10 @@ def units(results: list[dict], metric: str) -> list[float]:
 
     One file of several contexts (the simple rows of Table 2, whose held-out graphs are contexts) gives one for each context.
     """
-    if len(results) == 1 and len(set(results[0]["metrics"].get("contexts", []))) > 1 and metric in results[0]["metrics"]["conditions"]:
-        contexts = np.array(results[0]["metrics"]["contexts"])
-        values = np.array(results[0]["metrics"]["conditions"][metric], float)  # None -> NaN
+    only = results[0]["metrics"]
+    if len(results) == 1 and len(set(only.get("contexts", []))) > 1 and metric in only["conditions"]:
+        contexts = np.array(only["contexts"])
+        values = np.array(only["conditions"][metric], float)  # None -> NaN
         return [float(np.nanmean(values[contexts == c])) for c in np.unique(contexts)]
     values = [r["metrics"][metric] for r in results]
     return [v for v in values if v is not None]
@@ -118,7 +119,8 @@ def summarise(rows: dict[str, list[dict]], experiment: str) -> list[dict]:
         for metric, (_, factor) in COLUMNS.items():
             values = factor * np.array(units(rows[row], metric))
             if len(values):
-                ours = {"mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else None, "n": len(values)}
+                sd = float(values.std(ddof=1)) if len(values) > 1 else None
+                ours = {"mean": float(values.mean()), "sd": sd, "n": len(values)}
                 entry["metrics"][metric] = ours | {"paper": paper.get(metric)}
         metas = [r["meta"] for r in rows[row]]
         entry |= {"files": len(metas), "seconds": round(sum(m.get("seconds", 0) for m in metas), 1),
@@ -147,7 +149,7 @@ def cell(entry: dict | None) -> str:
     if entry is None:
         return "–"
     digits = 1 if entry["mean"] >= 10 else 2 if entry["mean"] >= 1 else 3
-    ours = f"{entry['mean']:.{digits}f}" + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
+    ours = f"{entry['mean'] + 0.0:.{digits}f}".replace("-0.000", "0.000") + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
     return ours + (f" (paper: {entry['paper'][0]:.2f} ± {entry['paper'][1]:.2f})" if entry["paper"] else "")
 
 
@@ -162,8 +164,8 @@ def caption(table: list[dict], experiment: str) -> str:
     """What the ± is, and how much was clipped."""
     most = max(e["files"] for e in table)
     unit = "held-out graphs (rows with several seeds: seeds)" if experiment == "linear" else "splits and draws of cells"
-    text = f"Mean ± standard deviation over {max(m['n'] for e in table for m in e['metrics'].values())} {unit}; " \
-           f"up to {most} files a row."
+    count = max(m["n"] for e in table for m in e["metrics"].values())
+    text = f"Mean ± standard deviation over {count} {unit}; up to {most} files a row."
     clipped = [f"{e['title']} {e['clipped_fraction']:.1%}" for e in table if e["clipped_fraction"]]
     return text + (f" Negative expression clipped to zero: {', '.join(clipped)}." if clipped else "")
 
@@ -205,8 +207,9 @@ def picture(root: Path, path: Path) -> bool:
 
     The first test condition of the best available experiment; nothing is chosen for its looks. False if there is none.
     """
-    files = [f for experiment, method in (("leukemia", "mappfn-finetuned"), ("toy", "mappfn-finetuned"), ("linear", "mappfn-seed0"))
-             for f in sorted((root / "samples" / experiment).glob(f"{method}-split0-draw0.npz"))]
+    wanted = (("leukemia", "mappfn-finetuned"), ("toy", "mappfn-finetuned"), ("linear", "mappfn-seed0"))
+    files = [root / "samples" / experiment / f"{method}-split0-draw0.npz" for experiment, method in wanted]
+    files = [file for file in files if file.is_file()]
     if not files:
         return False
     import matplotlib
@@ -216,22 +219,25 @@ def picture(root: Path, path: Path) -> bool:
 
     p = metrics.load_predictions(files[0])
     observed, target, prediction, treatment = p.observed[0], p.target[0], p.prediction[0], p.treatments[0]
-    gene, genes = int(np.flatnonzero(treatment)[0]), p.meta.get("genes") or [f"variable {i}" for i in range(len(treatment))]
-    effect = target.mean(0) - observed.mean(0)
+    gene, genes = int(np.flatnonzero(treatment)[0]), p.meta["genes"]
+    effect, predicted = target.mean(0) - observed.mean(0), prediction.mean(0) - observed.mean(0)
     changed = int(np.argmax(np.where(np.arange(len(effect)) == gene, 0, np.abs(effect))))
     unit = "log expression" if p.log_expression else "standard deviations"
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     axes[0].axline((0, 0), slope=1, color="0.7", lw=1, zorder=0)
-    axes[0].scatter(effect, prediction.mean(0) - observed.mean(0), s=18, color="0.2")
-    axes[0].scatter(effect[gene], (prediction.mean(0) - observed.mean(0))[gene], s=60, facecolors="none", edgecolors="C3", label=f"{genes[gene]} (treated)")
-    axes[0].set(xlabel=f"true change of the mean [{unit}]", ylabel="predicted change", title=f"do({genes[gene]}), all genes")
+    axes[0].scatter(effect, predicted, s=18, color="0.2")
+    axes[0].scatter(effect[gene], predicted[gene], s=60, facecolors="none", edgecolors="C3",
+                    label=f"{genes[gene]} (treated)")
+    axes[0].set(xlabel=f"true change of the mean [{unit}]", ylabel="predicted change",
+                title=f"do({genes[gene]}), all genes")
     axes[0].legend(frameon=False)
     for axis, g in zip(axes[1:], (gene, changed)):
         bins = np.histogram_bin_edges(np.concatenate([x[:, g] for x in (observed, target, prediction)]), 20)
-        for x, name, style in ((observed, "control", dict(color="0.8", histtype="stepfilled")), (target, "truth", dict(color="C0", histtype="step", lw=2)),
-                               (prediction, "MapPFN", dict(color="C3", histtype="step", lw=2, ls="--"))):
-            axis.hist(x[:, g], bins, label=name, **style)
-        axis.set(xlabel=f"{genes[g]} [{unit}]", ylabel=f"cells of {len(target)}", title="treated gene" if g == gene else "most changed other gene")
+        axis.hist(observed[:, g], bins, label="control", color="0.8", histtype="stepfilled")
+        axis.hist(target[:, g], bins, label="truth", color="C0", histtype="step", lw=2)
+        axis.hist(prediction[:, g], bins, label="MapPFN", color="C3", histtype="step", lw=2, ls="--")
+        axis.set(xlabel=f"{genes[g]} [{unit}]", ylabel=f"cells of {len(target)}",
+                 title="treated gene" if g == gene else "most changed other gene")
     axes[1].legend(frameon=False)
     figure.suptitle(f"{TITLES[p.meta['experiment']]}, {p.meta['scale']} scale, first test condition of split 0", fontsize=10)
     with scales.atomic(path) as temporary:
@@ -247,10 +253,10 @@ def reference(s: Settings) -> None:
     """Identity, observed and fresh oracle on linear SCMs of the paper's size: D = 20, 500 cells, 200 of them compared."""
     rng = np.random.default_rng(np.random.SeedSequence([s.seed, s.graphs]))
     rows: dict[str, list[dict]] = {row: [] for row in ("identity", "observed", "oracle", "target-only")}
-    start = time.perf_counter()
+    start, paper = time.perf_counter(), scales.at("paper", "linear", "evaluate")
     for _ in tqdm(range(s.graphs), unit="graph"):
-        screen = linear_screen(rng, 1, scales.at("paper", "linear")["genes"], scales.at("paper", "linear")["population"], held_out=1)
-        tasks = evaluation_tasks(rng, screen, scales.at("paper", "evaluate")["eval_cells"], 0)
+        screen = linear_screen(rng, 1, paper["genes"], paper["population"], held_out=1)
+        tasks = evaluation_tasks(rng, screen, paper["eval_cells"], 0)
         for row, results in rows.items():
             p = predict_all(row, screen, tasks, rng)
             values = metrics.evaluate(p.observed, p.target, p.prediction, p.treatments, False, source=p.source)

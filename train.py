@@ -4,9 +4,9 @@ Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuni
 Reads `prior/` or `data/` below out/<scale>, writes `train/<run>/model.eqx` (EMA weights behind one line of JSON) and
 `train/<run>/log.csv`; while it runs, `checkpoint.eqx` holds everything needed to go on from a stop.
 
-    python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 9 min / 8 h
-    python train.py grn      --scale smoke|laptop|paper   pre-training on prior.py's GRNs:             1 / 9 min / 36 h
-    python train.py finetune --dataset leukemia           from the GRN model, one run for each split: 1 / 20 s each / 10 min
+    python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 7 min / 8 h
+    python train.py grn      --scale smoke|laptop|paper   pre-training on prior.py's GRNs:             1 / 7 min / 36 h
+    python train.py finetune --dataset leukemia           from the GRN model, a run for each split: 1 / 20 s each / 10 min
     python train.py scratch  --dataset leukemia           the same from random initialisation
 (the times are for two CPU cores at smoke and laptop scale and, as the paper reports them, one 80 GB GPU at paper scale)
 
@@ -34,7 +34,7 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 import scales
@@ -90,7 +90,7 @@ class Settings:
     # reporting; nothing below changes the result
     log_every: int = 20  # updates between rows of log.csv
     validate_every: int = 200  # updates between validation losses
-    checkpoint_seconds: float = 60  # between checkpoints
+    checkpoint_seconds: float = 60.0  # between checkpoints
 
 
 # ------------------------------------------------------------------------------------ the objective (eq. 3, Algorithm 1)
@@ -110,7 +110,7 @@ def task_loss(model: MapPFN, task: Task, drop_condition: float, *, key: PRNGKeyA
     return jnp.mean((velocity - (task.target - noise)) ** 2)
 
 
-def batch_loss(model: MapPFN, tasks: Task, keys: PRNGKeyArray, drop_condition: float) -> Float[Array, ""]:
+def batch_loss(model: MapPFN, tasks: Task, keys: Key[Array, " B"], drop_condition: float) -> Float[Array, ""]:
     """Mean loss of B tasks; `keys` has one key for each."""
     return jnp.mean(jax.vmap(lambda t, k: task_loss(model, t, drop_condition, key=k))(tasks, keys))
 
@@ -276,7 +276,9 @@ def read_leaves(path: Path, like: Callable[[dict], PyTree]) -> tuple[dict, PyTre
         try:
             head = json.loads(file.readline())
             return head, eqx.tree_deserialise_leaves(file, like(head))
-        except (ValueError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        except BadInput:  # raised by `like`, about the settings; it is a ValueError too
+            raise
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); delete it to train anew") from None
 
@@ -298,8 +300,7 @@ def build(s: Settings | dict, seed: int = 0) -> MapPFN:
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:
     """Header and EMA model of a finished run. Raises BadInput if the file is missing or damaged."""
-    head, parameters = read_leaves(path, lambda head: eqx.filter(build(head), eqx.is_inexact_array))
-    return head, eqx.combine(parameters, build(head))
+    return read_leaves(path, lambda head: eqx.filter_eval_shape(build, head))  # shapes only: numbers take seconds to make
 
 
 # ---------------------------------------------------------------------------------------------------------------- one run
@@ -388,7 +389,7 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
                     learning_rate=f"{float(state.optimiser[1].hyperparams['learning_rate']):.6g}", tasks_per_second=f"{rate:.1f}")
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} tasks/s", refresh=False)
             losses, since = [], (time.monotonic(), i + 1)
-        if time.monotonic() - saved > s.checkpoint_seconds and not last:
+        if not losses and not last and time.monotonic() - saved > s.checkpoint_seconds:  # right after a row of the log
             write_leaves(folder / "checkpoint.eqx", header(s) | {"update": i + 1}, state)
             saved = time.monotonic()
         bar.update()

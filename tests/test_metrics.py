@@ -251,7 +251,7 @@ def test_mr_rewards_fresh_cells():
 
 
 def predictions(**changes) -> metrics.Predictions:
-    cells = [normal(i, 2, 40, 5) for i in range(3)]
+    cells = [normal(i, 2, 40, 5) for i in range(4)]
     meta = {"method": "identity", "settings": {"seed": 0, "out": "x"}}
     treatments, contexts = np.eye(5, dtype=np.float32)[:2], np.array(["a", "b"])
     return metrics.Predictions(*cells, treatments, contexts, False, meta)._replace(**changes)

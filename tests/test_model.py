@@ -147,17 +147,26 @@ def test_null_condition_hides_every_input(run):
     assert np.abs(run(**x) - run(**inputs())).max() > 1e-3
 
 
-def test_initialisation(run, network):
-    """FiLM starts at zero, where the time has no effect; once it is not zero, it has. Weights of one-hot treatments
-    are drawn as for a single input, up to 1, not 1 / sqrt(D) [D11]."""
+def test_time_enters_through_film_only(run, network):
+    """FiLM starts at zero, where the time has no effect; once it is not zero, it has."""
     films = lambda net: [s.film for s in net.blocks.streams]
-    start = lambda net: (films(net), net.treatments_in.weight)
-    at_first, treatments = jax.jit(lambda: start(MapPFN(GENES, WIDTH, DEPTH, 2, 2, key=jr.key(0))))()
-    fresh = eqx.tree_at(films, network, at_first)
+    fresh = eqx.tree_at(films, network, jax.jit(lambda: films(MapPFN(GENES, WIDTH, DEPTH, 2, 2, key=jr.key(0))))())
     early, late = (inputs() | {"tau": np.float32(tau)} for tau in (0.1, 0.9))
     assert np.array_equal(run(fresh, **early), run(fresh, **late))
     assert np.abs(run(**early) - run(**late)).max() > 1e-3
-    assert 0.9 < np.abs(treatments).max() <= 1
+
+
+def test_treatment_gain_touches_the_treatment_stream_only():
+    """[D11] It multiplies its values by the gain and its input weights by sqrt(D); queries, keys, other streams stay."""
+    start = lambda net: (net.treatments_in.weight, net.cells_in.weight, *(s.qkv.weight for s in net.blocks.streams))
+    draw = lambda gain: start(MapPFN(GENES, WIDTH, DEPTH, 2, 2, treatment_gain=gain, key=jr.key(0)))
+    plain, large = (jax.jit(draw, static_argnums=0)(gain) for gain in (1.0, 10.0))
+    ratios = [np.asarray(b / a) for a, b in zip(plain, large)]
+    np.testing.assert_allclose(ratios[0], GENES**0.5, rtol=1e-5)
+    for ratio in ratios[1:4]:
+        np.testing.assert_allclose(ratio, 1, rtol=1e-5)
+    np.testing.assert_allclose(ratios[4][:, : 2 * WIDTH], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratios[4][:, 2 * WIDTH :], 10, rtol=1e-5)
 
 
 def test_gaussian_velocity_is_a_regression():

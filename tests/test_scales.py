@@ -105,7 +105,8 @@ def test_the_table_is_complete():
 
 
 @pytest.mark.parametrize("script, word", [("train", "linear"), ("train", "finetune"), ("sample", "linear"),
-                                          ("sample", "leukemia"), ("tables", None), ("baselines", "linear"), ("data", None), ("prior", None)])
+                                          ("sample", "leukemia"), ("tables", None), ("baselines", "linear"),
+                                          ("data", None), ("prior", None)])
 def test_every_script_has_a_command_line(script, word):
     """Each script's settings can be read at each scale."""
     module = __import__(script)

@@ -364,7 +364,7 @@ def test_reporting_may_change_on_resuming(like, stopped):
     lambda x: b"", lambda x: x[: len(x) // 2], lambda x: x[:-1], lambda x: x[:40],
     lambda x: b"\x80\x81" + x, lambda x: b"3\n" + x,
     lambda x: x[: x.index(b"\n") + 1], lambda x: x.replace(b'"width": 16', b'"width": 32'), lambda x: b"{}\n" + x,
-], ids=["empty", "half", "last byte", "in the header", "binary", "a number", "header only", "wrong width", "empty header"])
+], ids=["empty", "half", "last byte", "header", "binary", "a number", "header only", "other width", "empty header"])
 @pytest.mark.parametrize("file", ["model.eqx", "checkpoint.eqx"])
 def test_damaged_file_is_refused(trained, stopped, tmp_path, file, damage):
     """A truncated or foreign file ends in a message with its name, whatever is wrong with it."""
