@@ -122,12 +122,12 @@ else
 fi
 
 for seed in $(seq 0 $(($(at evaluate seeds) - 1))); do
-  stage "train: linear SCMs, seed $seed" "9 min" train.py linear --scale "$SCALE" --seed "$seed" --out "$OUT"
+  stage "train: linear SCMs, seed $seed" "7 min" train.py linear --scale "$SCALE" --seed "$seed" --out "$OUT"
 done
-stage "train: GRNs" "9 min" train.py grn --scale "$SCALE" --out "$OUT"
+stage "train: GRNs" "7 min" train.py grn --scale "$SCALE" --out "$OUT"
 for screen in $SCREENS; do
-  stage "train: $screen from random initialisation" "2 min" train.py scratch --dataset "$screen" --scale "$SCALE" --out "$OUT"
-  stage "train: $screen fine-tuning" "2 min" train.py finetune --dataset "$screen" --scale "$SCALE" --out "$OUT"
+  stage "train: $screen from random initialisation" "3 min" train.py scratch --dataset "$screen" --scale "$SCALE" --out "$OUT"
+  stage "train: $screen fine-tuning" "3 min" train.py finetune --dataset "$screen" --scale "$SCALE" --out "$OUT"
 done
 for experiment in linear $SCREENS; do
   stage "sample: $experiment" "2 min" sample.py "$experiment" --scale "$SCALE" --out "$OUT"

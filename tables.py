@@ -173,7 +173,7 @@ def caption(table: list[dict], experiment: str) -> str:
 def why_missing(root: Path, experiment: str) -> str:
     """The reason that a stage left behind, or the command that would make the results."""
     note = root / "data" / experiment / "not-run.txt"
-    return note.read_text().strip() if note.is_file() else f"no predictions in {root / 'samples' / experiment}"
+    return note.read_text().strip().removeprefix("error: ") if note.is_file() else f"no predictions in {root / 'samples' / experiment}"
 
 
 def environment() -> dict:
