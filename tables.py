@@ -5,7 +5,7 @@ Paper: section 6, Tables 2 and 3. Reads `samples/<experiment>/*.json` (metrics.p
 
     python tables.py --scale smoke|laptop|paper     seconds
     python tables.py --reference                    the identity and observed rows of Table 2 at the paper's own size, which
-                                                    need no training: one minute on two CPU cores, into out/reference.md
+                                                    need no training: two minutes on a CPU core, into out/reference.md
 Departures: D10 and those of the metrics, D27 to D31.
 """
 
