@@ -209,6 +209,7 @@ def write(settings: Settings, split: int, resampling: int, screen: Screen, tasks
 
 
 def main() -> None:
+    """Write all rows of all splits and draws of one experiment."""
     from sample import evaluation_sets  # here, so that the rows above can be imported without a model
 
     sections = lambda word: ("linear" if word == "linear" else "real", "evaluate")

@@ -643,6 +643,7 @@ def prepare(settings: Settings) -> list[Path]:
 
 
 def main() -> None:
+    """Prepare whatever the command line names."""
     settings = scales.parse(Settings, ("real",))
     print(f"{settings}\nrevision {scales.revision()}", flush=True)
     began = time.perf_counter()

@@ -300,6 +300,7 @@ def up_to_date(path: Path) -> bool:
 
 
 def main() -> None:
+    """Compute the metrics of all files that do not have them yet."""
     files = prediction_files(tyro.cli(Settings).paths)
     waiting = [path for path in files if not up_to_date(path)]
     done = len(files) - len(waiting)

@@ -463,6 +463,7 @@ def check(settings: Settings) -> None:
 
 
 def main() -> None:
+    """Simulate the shards that are not there yet, or print the prior's statistics."""
     settings = scales.parse(Settings, ("grn",))
     check(settings)
     if settings.statistics:

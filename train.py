@@ -324,6 +324,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, LOG)
 
     def row(self, **values) -> None:
+        """Append one row, and see that it reaches the disk."""
         self.writer.writerow(values)
         self.file.flush()
 
