@@ -319,6 +319,7 @@ def simulate_grn(seed: int, genes: int, population: int, unpaired: bool,
 
 
 def shard_path(folder: str | Path, shard: int, num_shards: int) -> Path:
+    """The file of one shard."""
     return Path(folder) / f"grn-{shard}-of-{num_shards}.npz"
 
 
@@ -435,6 +436,7 @@ def statistics(seed: int, genes: int, population: int, grns: int = 30) -> Float[
 
 
 def print_statistics(settings: Settings) -> None:
+    """Print the mean and sd over 30 GRNs of each statistic, beside the released generator's."""
     rows = statistics(settings.seed, settings.genes, settings.population)
     print(f"{len(rows)} GRNs of {settings.genes} genes, {settings.population} cells a condition, seed {settings.seed}")
     print(f"{'':26}{'ours':>17}{'released (50 genes)':>24}")

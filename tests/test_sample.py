@@ -97,11 +97,10 @@ def test_guidance_is_linear(model, tasks):
         np.testing.assert_allclose(at(omega), unconditional + omega * (conditional - unconditional), atol=1e-5)
 
 
-def test_ten_steps_are_enough(model, tasks):
-    """[D9] On a trained model 10 Dopri5 steps and the released code's 100 differ by less than 1e-3 in root mean square, and
-    by less than 5e-3 in any number."""
-    few, many = (sample.generate(model, tasks, 2.0, steps, key=jr.key(0)) for steps in (10, 100))
-    assert np.sqrt(np.mean((few - many) ** 2)) < 1e-3 and np.abs(few - many).max() < 5e-3
+def test_twenty_steps_are_enough(model, tasks):
+    """[D9] On a trained model 20 Dopri5 steps and the released code's 100 differ by less than 1e-3 in every number."""
+    few, many = (sample.generate(model, tasks, 2.0, steps, key=jr.key(0)) for steps in (20, 100))
+    assert np.abs(few - many).max() < 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------- many tasks

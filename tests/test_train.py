@@ -341,9 +341,10 @@ def test_finished_run_is_skipped(trained, like, monkeypatch, capsys):
 
 @pytest.fixture
 def stopped(trained, beginning, tmp_path):
-    """A folder with the checkpoint of a run that was stopped at once."""
+    """A folder with the checkpoint of a run that was stopped, and says so, at update 7."""
     state = jax.tree.map(jnp.asarray, beginning[0])
-    train.write_leaves(tmp_path / "checkpoint.eqx", train.header(trained.settings) | {"update": 0}, state)
+    state = state._replace(update=jnp.full_like(state.update, 7))
+    train.write_leaves(tmp_path / "checkpoint.eqx", train.header(trained.settings) | {"update": 7}, state)
     return tmp_path
 
 
@@ -357,7 +358,8 @@ def test_checkpoint_of_other_settings_is_refused(like, stopped):
 
 def test_reporting_may_change_on_resuming(like, stopped):
     """How often is logged, validated and saved does not decide the result."""
-    train.start(like(log_every=3, validate_every=9, checkpoint_seconds=1.5), stopped / "checkpoint.eqx")
+    state, _ = train.start(like(log_every=3, validate_every=9, checkpoint_seconds=1.5), stopped / "checkpoint.eqx")
+    assert int(state.update) == 7  # it goes on, and does not begin anew
 
 
 @pytest.mark.parametrize("damage", [
