@@ -50,6 +50,7 @@ class Settings:
     scale: str = "laptop"  # column of the table in scales.py: smoke, laptop or paper
     dataset: Literal["toy", "melanoma", "leukemia"] | None = None  # simulated, or one of the paper's (B.3)
     h5ad: Path | None = None  # your own screen, .h5ad (or .h5mu with an 'rna' part); with --dataset: its file
+    name: str | None = None  # folder below out/<scale>/data; that of the data set, or of the file
     treatment_col: str | None = None  # column of obs that names the knocked-out gene; found by its usual names
     control: str | None = None  # its label for unperturbed cells; found by its usual names
     context_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
@@ -187,6 +188,14 @@ def evaluation_tasks(rng: np.random.Generator, screen: Screen, cells: int, conte
             identity=control[draw(rng, len(control), cells) if other is None else other],
             context_index=c, treatment_index=query))
     return EvaluationTask(*map(np.array, zip(*tasks)))
+
+
+def join_screens(first: Screen, second: Screen) -> Screen:
+    """Both screens' contexts, those of `first` in front; they must have the same genes and treatments."""
+    both = {name: np.concatenate([getattr(first, name), getattr(second, name)])
+            for name in ("cells", "count", "treatments", "split")}
+    start = np.concatenate([first.start, second.start + len(first.cells)])
+    return dataclasses.replace(first, **both, start=start, context_names=first.context_names + second.context_names)
 
 
 # ----------------------------------------------------------------------------------------------- reading a screen (B.3)
@@ -622,7 +631,7 @@ def prepare(settings: Settings) -> list[Path]:
     if settings.h5ad is not None and not settings.h5ad.is_file():
         raise BadInput(f"--h5ad {settings.h5ad}: no such file")
     source = f"{settings.h5ad.name}, {settings.h5ad.stat().st_size} bytes" if settings.h5ad else settings.dataset
-    folder = settings.out / settings.scale / "data" / (settings.dataset or settings.h5ad.stem)
+    folder = settings.out / settings.scale / "data" / (settings.name or settings.dataset or settings.h5ad.stem)
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # if nothing can be written here, fail before the work and not after it
 

@@ -2,7 +2,7 @@
 
 Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes nothing; `train.py` and
 `sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds on anything.
-Departures from the paper, marked where they happen: D2, D3, D4, D11, D12.
+Departures from the paper, marked where they happen: D2, D3, D4, D11, D12, D34.
 
 The network sees *one* task and `jax.vmap` adds the batch. Cells are tokens, genes are the features of a token, and no token
 knows its position: whatever the network has to know about a token is added to it as a learnt embedding.
@@ -221,13 +221,15 @@ class MapPFN(eqx.Module):
     attention: str = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
     skip: bool = eqx.field(static=True)
+    film_query: bool = eqx.field(static=True)
 
     def __init__(self, genes: int, width: int, depth: int, heads: int, registers: int, *, attention: str = "auto",
-                 remat: bool = False, skip: bool = False, treatment_gain: float = 1.0, key: PRNGKeyArray):
+                 remat: bool = False, skip: bool = False, film_query: bool = False, treatment_gain: float = 1.0,
+                 key: PRNGKeyArray):
         """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`.
 
         `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`;
-        `treatment_gain` enlarges the initial weights of the treatment stream [D11].
+        `film_query` lets the query modulate all tokens, as the time does [D34]; `treatment_gain` enlarges the initial weights of the treatment stream [D11].
         """
         if width % (2 * heads) or depth < 1:
             raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), depth at least 1")
@@ -249,7 +251,7 @@ class MapPFN(eqx.Module):
         self.null = embedding(keys[11], width)
         self.blocks = eqx.filter_vmap(lambda k: Block(width, heads, treatment_gain, key=k))(jr.split(keys[12], depth))
         self.velocity_out = eqx.nn.Linear(width, genes, key=keys[13])
-        self.attention, self.remat, self.skip = attention, remat, skip
+        self.attention, self.remat, self.skip, self.film_query = attention, remat, skip, film_query
 
     def condition(self, observed: Float[Array, "N D"], context: Float[Array, "K N D"],
                   context_treatments: Float[Array, "K D"], query: Float[Array, " D"], slots: Int[Array, " K"],
@@ -285,12 +287,16 @@ class MapPFN(eqx.Module):
         noise = jax.vmap(self.noise_in)(noise) + self.modality[0]  # R+N E
         cells, treatments = self.condition(observed, context, context_treatments, query, slots, drop)
         time = self.time(time_features(tau, noise.shape[-1]))  # E
+        # [D34] paper, released code: FiLM by the time alone; here, at smoke and laptop scale: by the time plus the query's token,
+        # as Esser et al. (2024) add the pooled text to the time. A knock-out silences one gene whatever the other cells
+        # say: a product of query and cell, which FiLM is, and which attention takes many more updates to learn.
+        modulation = time + treatments[0] if self.film_query else time  # the null embedding, if the condition is dropped
 
         # All blocks are one scan over their stacked parameters: compiled once, whatever the depth.
         parameters, static = eqx.partition(self.blocks, eqx.is_array)
 
         def apply(xs, block):
-            return eqx.combine(block, static)(xs, time, self.attention), None
+            return eqx.combine(block, static)(xs, modulation, self.attention), None
 
         apply = jax.checkpoint(apply) if self.remat else apply
         (noise, _, _), _ = jax.lax.scan(apply, (noise, cells, treatments), parameters)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything, from an empty environment to the tables: prior -> data -> training -> sampling -> metrics -> tables.
+# Everything, from an empty environment to the report: prior -> data -> training -> sampling -> metrics -> figures, tables.
 #
 #   bash run_all.sh [smoke|laptop|paper|test] [--leukemia FILE.h5ad] [--melanoma FILE.h5ad] [--out FOLDER]
 #
 #   smoke    every stage and every table, on toy sizes: shows that it runs, nothing else. Minutes on two CPU cores.
-#   laptop   small networks and few tasks that do learn. Half an hour on two CPU cores.
+#   laptop   small networks and few tasks that do learn. An hour on two CPU cores.
 #   paper    the paper's sizes; wants one 80 GB GPU, days of it. Downloads both data sets unless files are given.
 #   test     installs, and runs the tests.
 # Without a word: paper if JAX sees an accelerator, laptop otherwise.
@@ -95,6 +95,7 @@ stage() {  # stage TITLE EXPECTED-TIME SCRIPT ARGUMENTS...: a banner, the script
 at() { "$PY" -c "import scales; print(scales.at('$SCALE', '$1')['$2'])"; }  # a number of the table of scales
 
 stage "prior: GRNs" "3 min" prior.py --scale "$SCALE" --out "$ROOT/prior" --workers "${WORKERS:-2}"
+stage "prior: unpaired GRNs" "3 min" prior.py --unpaired --scale "$SCALE" --out "$ROOT/prior-unpaired" --workers "${WORKERS:-2}"
 
 SCREENS=
 prepare() {  # prepare DATASET FILE: split and normalise a screen; one that cannot be had is left out, and the tables say why
@@ -103,6 +104,8 @@ prepare() {  # prepare DATASET FILE: split and normalise a screen; one that cann
   mkdir -p "$ROOT/data/$1"
   if stage "data: $1" "20 s" data.py --dataset "$1" --scale "$SCALE" --out "$OUT" ${file[@]+"${file[@]}"} 2> "$note"; then
     rm -f "$note"; SCREENS="$SCREENS $1"
+    # twice the genes, one split: for test-time augmentation (Figure 3)
+    "$PY" data.py --dataset "$1" --name "$1-wide" --scale "$SCALE" --out "$OUT" ${file[@]+"${file[@]}"} --splits 1 --genes $((2 * $(at real genes)))
   else
     cat "$note" >&2
     [ -z "$2" ] || exit 1  # a file that was given has to be usable
@@ -124,15 +127,19 @@ fi
 for seed in $(seq 0 $(($(at evaluate seeds) - 1))); do
   stage "train: linear SCMs, seed $seed" "7 min" train.py linear --scale "$SCALE" --seed "$seed" --out "$OUT"
 done
-stage "train: GRNs" "7 min" train.py grn --scale "$SCALE" --out "$OUT"
+SNAPSHOTS=$(at figures snapshots)
+stage "train: GRNs" "7 min" train.py grn --scale "$SCALE" --out "$OUT" --snapshots "$SNAPSHOTS"
+stage "train: GRNs, unpaired (Table 4)" "7 min" train.py grn --unpaired --scale "$SCALE" --out "$OUT" --snapshots "$SNAPSHOTS"
+stage "train: GRNs, without context (Table 4)" "4 min" train.py grn --context 0 --name grn-no-context --scale "$SCALE" --out "$OUT"
 for screen in $SCREENS; do
   stage "train: $screen from random initialisation" "3 min" train.py scratch --dataset "$screen" --scale "$SCALE" --out "$OUT"
   stage "train: $screen fine-tuning" "3 min" train.py finetune --dataset "$screen" --scale "$SCALE" --out "$OUT"
 done
 for experiment in linear $SCREENS; do
   stage "sample: $experiment" "2 min" sample.py "$experiment" --scale "$SCALE" --out "$OUT"
-  stage "baselines: $experiment" "20 s" baselines.py "$experiment" --scale "$SCALE" --out "$OUT"
+  stage "baselines: $experiment" "6 min" -m baselines "$experiment" --scale "$SCALE" --out "$OUT"
 done
-stage "metrics" "1 min" metrics.py "$ROOT/samples"
-stage "tables" "5 s" tables.py --scale "$SCALE" --out "$OUT"
-echo "== all done in $((SECONDS - BEGIN)) s: $ROOT/tables.md"
+stage "metrics" "2 min" metrics.py "$ROOT/samples"
+stage "figures" "4 min" figures.py --scale "$SCALE" --out "$OUT"
+stage "report" "20 s" tables.py --scale "$SCALE" --out "$OUT"
+echo "== all done in $((SECONDS - BEGIN)) s: $ROOT/report.md"

@@ -1,6 +1,6 @@
 """Stage 5 of 7, inference: solve the learnt flow from noise to cells, for every held-out condition of an experiment.
 
-Paper: appendix A.4 (Dopri5, classifier-free guidance), section 6 and Figure 3 (test-time augmentation), B.4 (what is held
+Paper: appendix A.4 (Dopri5, classifier-free guidance), C.3 and Table 7 (its weight), section 6 and Figure 3 (test-time augmentation), B.4 (what is held
 out). Reads `train/<run>/model.eqx` and `data/`, writes `samples/<experiment>/<method>-split<s>-draw<r>.npz` below
 out/<scale>; `baselines.py` writes its rows beside them, from the same tasks. Departures: D9, D10.
 
@@ -35,13 +35,14 @@ from tqdm import tqdm
 import scales
 import train
 from data import EvaluationTask, Screen, Task, evaluation_tasks, load_screen
-from metrics import Predictions, finished, save_predictions
+from metrics import Predictions, finished, rmse, save_predictions
 from model import SLOTS, MapPFN
 from prior import linear_screen
 from scales import BadInput
 
-VARIANTS = {  # of MapPFN in Table 3: the name of the row -> the kind of training run
-    "mappfn-random": "scratch", "mappfn-pretrained": "grn", "mappfn-finetuned": "finetune",
+VARIANTS = {  # of MapPFN: the name of the row -> the training run; {} is the data set and the split
+    "mappfn-random": "scratch-{}", "mappfn-pretrained": "grn-seed0", "mappfn-finetuned": "finetune-{}",  # Table 3
+    "mappfn-unpaired": "grn-unpaired-seed0", "mappfn-no-context": "grn-no-context",  # Table 4, where they were trained
 }
 
 
@@ -50,7 +51,7 @@ class Settings:
     experiment: tyro.conf.Positional[str]  # what is predicted: linear, or a folder below out/<scale>/data
     scale: str = "laptop"  # column of the table in scales.py
     seed: int = 0  # of the noise, and of the held-out graphs and draws of cells
-    guidance: float = 2.0  # omega (A.4)
+    guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 20  # Dopri5 steps of the flow [D9]
     genes: int = 20  # linear: variables D (5.1)
     context: int = 8  # K (B.1, B.2)
@@ -67,17 +68,17 @@ SECTIONS = {"linear": ("linear", "evaluate")}  # of the table of scales; other e
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
 
 
-def guided_velocity(model: MapPFN, task: Task, slots: Array, guidance: float, y: Float[Array, "N D"],
+def guided_velocity(model: MapPFN, task: Task, slots: Array, guidance: float | Array, y: Float[Array, "N D"],
                     tau: Float[Array, ""]) -> Float[Array, "N D"]:
     """Classifier-free guidance (Ho & Salimans, 2021): v_null + omega (v_condition - v_null), both in one batch."""
     one = lambda drop: model(y, tau, task.observed, task.context, task.context_treatments, task.query, slots, drop)
-    if guidance == 1:
+    if isinstance(guidance, float) and guidance == 1:
         return one(jnp.array(False))
     unconditional, conditional = jax.vmap(one)(jnp.array([True, False]))
     return unconditional + guidance * (conditional - unconditional)
 
 
-def flow(model: MapPFN, task: Task, guidance: float, steps: int, cells: int, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
+def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: int, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 20 steps (121), from which no
@@ -116,6 +117,7 @@ def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0,
     index = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last one again, to fill the devices
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(index)
     tasks = Task(*(x[index] for x in tasks))
+    guidance = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32)  # an array, so that a new weight compiles nothing
     return np.asarray(_flows(model, tasks, keys, guidance, steps, cells or tasks.observed.shape[1]))[:count]
 
 
@@ -123,6 +125,36 @@ def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> 
     """Log-expression cannot be negative: set what is to zero, and say which fraction that was. SCM values stay."""
     negative = cells < 0 if log_expression else np.zeros_like(cells, bool)
     return np.where(negative, 0, cells).astype(np.float32), float(negative.mean())
+
+
+# ------------------------------------------------------------------------------------- the guidance weight (Table 7)
+
+GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
+
+
+def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen: Screen) -> float:
+    """The weight with the lowest RMSE (equation 11) on validation tasks of the model's own training, never on test conditions.
+
+    It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned model with
+    the weight of the model that it came from, and one that was never pre-trained with 2 (A.4).
+    """
+    record = file.with_name("guidance.json")
+    if record.is_file():
+        return json.loads(record.read_text())["guidance"]
+    fields = {f.name for f in dataclasses.fields(train.Settings)}
+    run = train.Settings(**{k: v for k, v in head.items() if k in fields}, scale=s.scale, out=s.out)
+    tasks, errors = train.validation_tasks(run, train.grn_screen(run) if run.what == "grn" else screen), {}
+    if tasks is not None:
+        for weight in GUIDANCE:  # the same tasks and the same noise for each
+            cells, _ = clip_expression(generate(model, tasks, weight, s.steps, key=jr.key(s.seed)), run.what != "linear")
+            errors[weight] = float(np.mean([rmse(true, predicted) for true, predicted in zip(tasks.target, cells)]))
+        best = min(errors, key=errors.get)
+    else:
+        source = file.parents[1] / "grn-seed0" / "guidance.json"
+        best = json.loads(source.read_text())["guidance"] if run.what == "finetune" and source.is_file() else 2.0
+    with scales.atomic(record) as temporary:
+        temporary.write_text(json.dumps({"guidance": best, "validation_rmse": errors, "revision": scales.revision()}))
+    return best
 
 
 # ----------------------------------------------------------------------------- test-time augmentation (6, Figure 3)
@@ -200,8 +232,8 @@ def model_files(s: Settings, split: int) -> dict[str, Path]:
     folder = s.out / s.scale / "train"
     if s.experiment == "linear":
         return {f"mappfn-seed{i}": folder / f"linear-seed{i}" / "model.eqx" for i in range(s.seeds)}
-    runs = {"grn": "grn-seed0"}
-    return {row: folder / runs.get(kind, f"{kind}-{s.experiment}-split{split}") / "model.eqx" for row, kind in VARIANTS.items()}
+    files = {row: folder / run.format(f"{s.experiment}-split{split}") / "model.eqx" for row, run in VARIANTS.items()}
+    return {row: file for row, file in files.items() if file.is_file() or row not in ("mappfn-unpaired", "mappfn-no-context")}
 
 
 def main() -> None:
@@ -223,12 +255,16 @@ def main() -> None:
             head, model = train.load_model(file)
             if head["genes"] != len(screen.genes):
                 raise BadInput(f"{file}: a model of {head['genes']} genes, but the data have {len(screen.genes)}")
+            k = tasks.context.shape[1] if head["context"] else 0  # trained without context, it is used without (Table 4)
+            given = tasks._replace(context=tasks.context[:, :k], context_treatments=tasks.context_treatments[:, :k])
             key = jr.key(int(train.seeded(s.seed, split, draw, row).integers(2**31)))
-            cells = generate(model, tasks, s.guidance, s.steps, key=key)
+            guidance = chosen_guidance(s, file, head, model, screen) if s.guidance is None else s.guidance
+            cells = generate(model, given, guidance, s.steps, key=key)
             cells, clipped = clip_expression(cells, screen.log_expression)
             meta = {"experiment": s.experiment, "method": method, "split": split, "resampling": draw, "seed": s.seed,
                     "scale": s.scale, "revision": scales.revision(), "settings": kept, "clipped_fraction": clipped,
-                    "seconds": round(time.perf_counter() - started, 1), "training": head,
+                    "guidance": guidance,
+                    "seconds": round(time.perf_counter() - started, 1), "training": head | {"seconds": train.seconds(file.with_name("log.csv"))},
                     "genes": screen.genes}
             names = np.array(screen.context_names)[tasks.context_index]
             save_predictions(path, Predictions(tasks.observed, tasks.observed, tasks.target, cells, tasks.query, names,

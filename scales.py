@@ -26,6 +26,7 @@ TABLE = {
         "registers":             (2,          8,        8),  # register tokens of the noise stream (A.1)
         "ema":                   (0.9,     0.99,    0.999),  # decay of the averaged weights (A.2)
         "skip":                  (True,    True,    False),  # predict what is to be added to the velocity of N(0, I) [D12]
+        "film_query":            (True,    True,    False),  # the query modulates every token, as the time does [D34]
         "treatment_gain":        (10.0,    10.0,      1.0),  # of the initial weights of the treatment stream [D11]
         "remat":                 (False,  False,     True),  # recompute activations to save memory (released code)
     },
@@ -37,7 +38,7 @@ TABLE = {
         "cells":                 (16,        16,      500),  # cells N of a population in a task (released code)
         "context":               (2,          4,        4),  # context experiments K (B.1)
         "updates":               (40,      2400,     6250),  # 50k micro-batches (A.2) [D1]
-        "micro_batch":           (8,         16,       32),  # tasks per micro-batch (released code)
+        "micro_batch":           (8,          8,       32),  # tasks per micro-batch (released code)
         "accumulate":            (1,          1,        8),  # micro-batches per update (released code)
         "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
     },
@@ -47,8 +48,8 @@ TABLE = {
         "population":            (64,       100,      200),  # cells simulated per condition (B.2)
         "cells":                 (16,        16,      200),  # cells N of a population in a task (B.2)
         "context":               (2,          4,        8),  # context experiments K (B.2)
-        "updates":               (40,      2400,    50000),  # 400k micro-batches (A.2) [D1]
-        "micro_batch":           (8,         16,       32),  # (released code)
+        "updates":               (40,      7000,    50000),  # 400k micro-batches (A.2) [D1]
+        "micro_batch":           (8,          8,       32),  # (released code)
         "accumulate":            (1,          1,        8),  # (released code)
         "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
     },

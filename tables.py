@@ -1,12 +1,13 @@
-"""Stage 7 of 7, the tables: Table 2 and Table 3 with the paper's value beside ours, as Markdown and JSON.
+"""Stage 7 of 7, the report: every table with the paper's value beside ours, every figure, and the paper's claims one by one.
 
-Paper: section 6, Tables 2 and 3. Reads `samples/<experiment>/*.json` (metrics.py) and `*.npz` below out/<scale>, writes
-`tables.md`, `tables.json` and `prediction.png` there. No cell is typed in: what was not run says why.
+Paper: section 6, Tables 1 to 4. Reads `samples/<experiment>/*.json` (metrics.py) and `*.npz`, `train/`, and `figures/*.json`
+(figures.py) below out/<scale>, writes `report.md`, `report.json` and `prediction.png` there. No cell is typed in: what was
+not run says why.
 
     python tables.py --scale smoke|laptop|paper     seconds
     python tables.py --reference                    the identity and observed rows of Table 2 at the paper's own size, which
                                                     need no training: two minutes on a CPU core, into out/reference.md
-Departures: D10 and those of the metrics, D27 to D31.
+Departures: D10, D32, D33 and those of the metrics, D27 to D31.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import metrics
 import scales
-from baselines import METHODS, REFERENCES, predict_all
+from baselines import predict_all, trained_class
 from data import evaluation_tasks
 from prior import linear_screen
 from scales import BadInput
@@ -34,11 +35,20 @@ COLUMNS = {  # metric -> heading and factor
 }
 PAPER = {
     "linear": {
+        "condot": ((13.85, 0.12), (5.14, 0.01), (0.15, 0.00), (0.11, 0.02), (0.09, 0.01)),
+        "mfm": ((13.73, 0.16), (4.81, 0.19), (0.15, 0.01), (0.09, 0.03), (0.12, 0.00)),
         "mappfn": ((13.69, 0.05), (4.28, 0.06), (0.14, 0.00), (0.01, 0.01), (0.99, 0.02)),
         "identity": ((17.61, 0.14), (12.98, 0.35), (0.28, 0.01), (0.49, 0.01), (0.00, 0.00)),
         "observed": ((9.82, 0.08), (3.66, 0.06), (0.07, 0.00), (0.00, 0.00), (1.00, 0.00)),
     },
     "melanoma": {
+        "cpa": ((15.57, 0.10), (140.09, 0.35), (0.13, 0.00), (0.49, 0.01), (0.68, 0.01), (0.04, 0.00)),
+        "condot": ((22.09, 0.39), (7.11, 0.12), (0.10, 0.00), (0.06, 0.01), (0.05, 0.00), (0.34, 0.05)),
+        "mfm": ((20.99, 0.14), (7.28, 0.13), (0.10, 0.00), (0.09, 0.02), (0.13, 0.00), (0.28, 0.04)),
+        "cellflow": ((22.27, 0.59), (7.16, 0.17), (0.10, 0.00), (0.41, 0.01), (0.01, 0.00), (0.10, 0.02)),
+        "state": ((20.52, 0.07), (7.82, 0.09), (0.08, 0.00), (0.07, 0.02), (0.94, 0.00), (0.33, 0.04)),
+        "mappfn-unpaired": ((24.44, 0.31), (21.84, 1.28), (0.23, 0.01), (0.20, 0.02), (1.14, 0.01), (0.21, 0.03)),
+        "mappfn-no-context": ((23.78, 0.16), (15.88, 0.19), (0.20, 0.00), (0.20, 0.01), (1.10, 0.01), (0.13, 0.02)),
         "mappfn-random": ((21.23, 0.11), (51.78, 0.80), (0.24, 0.00), (0.18, 0.02), (1.02, 0.01), (0.12, 0.02)),
         "mappfn-pretrained": ((22.75, 0.16), (10.07, 0.19), (0.13, 0.00), (0.17, 0.01), (1.00, 0.01), (0.34, 0.02)),
         "mappfn-finetuned": ((21.38, 0.12), (7.84, 0.14), (0.10, 0.00), (0.03, 0.01), (0.99, 0.00), (0.38, 0.03)),
@@ -46,6 +56,11 @@ PAPER = {
         "observed": ((8.54, 0.10), (2.59, 0.07), (0.04, 0.00), (0.00, 0.00), (1.00, 0.00), (0.64, 0.06)),
     },
     "leukemia": {
+        "cpa": ((12.41, 0.11), (78.74, 1.27), (0.17, 0.00), (0.50, 0.02), (0.61, 0.01), (0.15, 0.01)),
+        "condot": ((17.92, 0.37), (26.51, 0.68), (0.27, 0.01), (0.54, 0.04), (0.19, 0.00), (0.14, 0.01)),
+        "mfm": ((41.71, 0.26), (105.64, 0.73), (0.71, 0.00), (0.51, 0.02), (1.67, 0.01), (0.16, 0.01)),
+        "cellflow": ((16.87, 0.37), (14.55, 0.46), (0.17, 0.00), (0.50, 0.01), (0.02, 0.00), (0.16, 0.01)),
+        "state": ((15.27, 0.15), (15.28, 0.44), (0.17, 0.00), (0.47, 0.03), (0.83, 0.00), (0.17, 0.01)),
         "mappfn-random": ((14.95, 0.28), (24.47, 0.90), (0.19, 0.01), (0.54, 0.02), (0.82, 0.01), (0.16, 0.01)),
         "mappfn-pretrained": ((44.42, 0.23), (191.88, 1.46), (0.78, 0.00), (0.49, 0.01), (2.56, 0.02), (0.16, 0.01)),
         "mappfn-finetuned": ((16.32, 0.11), (12.24, 0.58), (0.15, 0.00), (0.42, 0.03), (0.91, 0.01), (0.18, 0.01)),
@@ -54,11 +69,18 @@ PAPER = {
     },
 }
 ROWS = {  # in the order of the tables
+    "cpa": "CPA", "condot": "CondOT", "mfm": "MFM", "cellflow": "CellFlow", "state": "STATE",
+    "condot-released": "CondOT, random init", "cellflow-released": "CellFlow, released defaults",
+    "mfm-released": "MFM, untrained column for unseen treatments",
     "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)", "mappfn-pretrained": "MapPFN (pre-trained)",
     "mappfn-finetuned": "MapPFN (fine-tuned)", "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
     "target-only": "Target only", "context-mean": "Context mean effect", "additive": "Additive",
-    "constant-mean": "Constant mean",
+    "target-gene": "Target gene", "bilinear-ridge": "Bilinear ridge", "constant-mean": "Constant mean",
 }
+ABLATIONS = {"mappfn-pretrained": "MapPFN (pre-trained)", "mappfn-unpaired": "– paired prior",
+             "mappfn-no-context": "– interventional context"}  # Table 4
+PUBLISHED = ("cpa", "condot", "mfm", "cellflow", "state")
+SIMPLE = ("identity", "target-only", "context-mean", "additive", "target-gene", "bilinear-ridge")
 TITLES = {
     "linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia (Papalexi et al., 2021)",
     "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)", "toy": "Toy screen: simulated GRNs, not cells",
@@ -94,24 +116,58 @@ def collect(folder: Path) -> dict[str, list[dict]]:
     return rows
 
 
+def per_unit(results: list[dict], metric: str) -> dict[str, float]:
+    """The value for each unit that methods can be paired by: a held-out graph, or a split of a screen.
+
+    Draws of cells, seeds and conditions within a unit are averaged; units without a defined value are left out.
+    """
+    found: dict[str, list[float]] = {}
+    for r in results:
+        m, split = r["metrics"], f"split {r['meta'].get('split', 0)}"
+        several = len(set(m.get("contexts", []))) > 1 and metric in m["conditions"]
+        for unit, value in zip(m["contexts"], m["conditions"][metric]) if several else [(split, m[metric])]:
+            if value is not None:
+                found.setdefault(unit, []).append(value)
+    return {unit: float(np.mean(values)) for unit, values in found.items()}
+
+
 def units(results: list[dict], metric: str) -> list[float]:
     """The values whose mean and spread a cell shows: one for each file (split, draw or seed).
 
-    One file of several contexts (the simple rows of Table 2, whose held-out graphs are contexts) gives one for each context.
+    One file of several contexts (Table 2 with a single seed, whose held-out graphs are contexts) gives one for each context.
     """
-    only = results[0]["metrics"]
-    if len(results) == 1 and len(set(only.get("contexts", []))) > 1 and metric in only["conditions"]:
-        contexts = np.array(only["contexts"])
-        values = np.array(only["conditions"][metric], float)  # None -> NaN
-        return [float(np.nanmean(values[contexts == c])) for c in np.unique(contexts)]
+    if len(results) == 1:
+        return list(per_unit(results, metric).values())
     values = [r["metrics"][metric] for r in results]
     return [v for v in values if v is not None]
 
 
-def summarise(rows: dict[str, list[dict]], experiment: str) -> list[dict]:
-    """One entry a row, in the order of ROWS: for each metric our mean, sd and n, and the paper's mean and sd."""
+def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> tuple[float, float, int] | None:
+    """By how much row a is better than row b (positive: better): mean over shared units, its standard error, their number.
+
+    Better is higher for AUPRC, closer to 1 for MR, lower otherwise. None if fewer than two units are shared.
+    """
+    score = {"auprc": lambda v: v, "magnitude_ratio": lambda v: -abs(v - 1)}.get(metric, lambda v: -v)
+    one, other = (per_unit(rows.get(row, []), metric) for row in (a, b))
+    differences = [score(one[u]) - score(other[u]) for u in one if u in other]
+    if len(differences) < 2:
+        return None
+    return float(np.mean(differences)), float(np.std(differences, ddof=1) / len(differences) ** 0.5), len(differences)
+
+
+def best_simple(rows: dict[str, list[dict]], metric: str) -> str | None:
+    """The simple row that is best on average; constant mean is none, since it is no set of cells."""
+    mean = lambda row: np.mean(list(per_unit(rows[row], metric).values()) or [np.nan])
+    order = {"auprc": lambda v: -v, "magnitude_ratio": lambda v: abs(v - 1)}.get(metric, lambda v: v)
+    known = {row: order(mean(row)) for row in SIMPLE if row in rows}
+    known = {row: value for row, value in known.items() if np.isfinite(value)}
+    return min(known, key=known.get) if known else None
+
+
+def summarise(rows: dict[str, list[dict]], experiment: str, titles: dict[str, str] | None = None) -> list[dict]:
+    """One entry a row, in the order of `titles` (default: ROWS): for each metric our mean, sd and n, the paper's mean and sd."""
     table = []
-    for row, title in ROWS.items():
+    for row, title in (titles or ROWS).items():
         if row not in rows:
             continue
         entry = {"row": row, "title": title, "metrics": {}}
@@ -126,10 +182,24 @@ def summarise(rows: dict[str, list[dict]], experiment: str) -> list[dict]:
         entry |= {"files": len(metas), "seconds": round(sum(m.get("seconds", 0) for m in metas), 1),
                   "seeds": sorted({m["training"]["seed"] if "training" in m else m["seed"] for m in metas}),
                   "revisions": sorted({m["revision"] for m in metas})}
+        entry["budget"] = budget(metas)
         clipped = [m["clipped_fraction"] for m in metas if "clipped_fraction" in m]
         entry["clipped_fraction"] = float(np.mean(clipped)) if clipped else None
         table.append(entry)
     return table
+
+
+def budget(metas: list[dict]) -> dict | None:
+    """Updates, parameters and seconds of the fits (mean over them) that a trained row stands for; None for the others."""
+    if "training" in metas[0]:  # MapPFN: the header of its checkpoint
+        head = metas[0]["training"]
+        return {"updates": head["updates"], "batch": f"{head['micro_batch'] * head['accumulate']} tasks",
+                "parameters": head.get("parameters"), "seconds": head.get("seconds")}
+    if "options" in metas[0]:
+        fits = list({(m["split"], m["seed"]): m["fit_seconds"] for m in metas}.values())  # one fit for all draws
+        return {"updates": metas[0]["options"]["updates"], "batch": f"{metas[0]['options']['batch']} cells",
+                "parameters": metas[0]["parameters"], "seconds": float(np.mean(fits))}
+    return None
 
 
 def gap_closed(table: list[dict]) -> dict[str, float]:
@@ -158,6 +228,34 @@ def markdown(table: list[dict]) -> list[str]:
     shown = [m for m in COLUMNS if any(m in e["metrics"] for e in table)]
     lines = ["| | " + " | ".join(COLUMNS[m][0] for m in shown) + " |", "|---" * (1 + len(shown)) + "|"]
     return lines + [f"| {e['title']} | " + " | ".join(cell(e["metrics"].get(m)) for m in shown) + " |" for e in table]
+
+
+def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
+    """The lines of a table: each trained row against the best simple row, metric by metric, in paired differences."""
+    shown = [m for m in COLUMNS if m != "variance_rmse" and any(m in e["metrics"] for e in table)]
+    best = {m: best_simple(rows, m) for m in shown}
+    trained = [e for e in table if e["budget"]]
+    if not trained or not all(best.values()):
+        return []
+    lines = ["| better than the best simple row by | " + " | ".join(f"{COLUMNS[m][0]} vs {ROWS[best[m]]}" for m in shown) + " |",
+             "|---" * (1 + len(shown)) + "|"]
+    for e in trained:
+        cells = []
+        for m in shown:
+            found = advantage(rows, e["row"], best[m], m)
+            cells.append(f"{found[0] * COLUMNS[m][1]:+.3f} ± {found[1] * COLUMNS[m][1]:.3f}" if found else "–")
+        lines.append(f"| {e['title']} | " + " | ".join(cells) + " |")
+    count = max((found[2] for e in trained for m in shown if (found := advantage(rows, e["row"], best[m], m))), default=0)
+    return [*lines, "", f"Paired differences, mean ± standard error over {count} units (held-out graphs, or splits); positive: the "
+            "trained row is better. MR: how much closer to 1."] if count else []
+
+
+def budgets(table: list[dict]) -> list[str]:
+    """The lines of a table of what each trained row was given."""
+    number = lambda value, form: "–" if value is None else format(value, form)
+    lines = ["| trained row | updates | of | parameters | seconds a fit |", "|---" * 5 + "|"]
+    return [*lines, *(f"| {e['title']} | {b['updates']:,} | {b['batch']} | {number(b['parameters'], ',')} | {number(b['seconds'], '.0f')} |"
+                      for e in table if (b := e["budget"]))] if any(e["budget"] for e in table) else []
 
 
 def caption(table: list[dict], experiment: str) -> str:
@@ -246,6 +344,90 @@ def picture(root: Path, path: Path) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------- the paper's claims (section 6)
+
+HIGHER = {"auprc"}
+DISTANCES = ("wasserstein", "mmd", "rmse")
+# Number, statement, experiment (leukemia stands for any real screen), row a, rows that it must beat, in which metrics.
+COMPARISONS = [
+    (1, "MapPFN is best on linear SCMs in every metric", "linear", "mappfn", ("condot", "mfm"),
+     (*DISTANCES, "pds", "magnitude_ratio")),
+    (3, "Fine-tuned MapPFN has the best PDS, MR and AUPRC on real cells", "real", "mappfn-finetuned",
+     PUBLISHED, ("pds", "magnitude_ratio", "auprc")),
+    (4, "Pre-training helps: fine-tuned beats random initialisation in all but W2", "real", "mappfn-finetuned",
+     ("mappfn-random",), ("mmd", "rmse", "pds", "magnitude_ratio", "auprc")),
+    (5, "Interventional context improves every metric (Table 4)", "real", "mappfn-pretrained", ("mappfn-no-context",),
+     (*DISTANCES, "pds", "magnitude_ratio", "auprc")),
+    (7, "The paired prior improves every metric (Table 4)", "real", "mappfn-pretrained", ("mappfn-unpaired",),
+     (*DISTANCES, "pds", "magnitude_ratio", "auprc")),
+]
+
+
+def verdict(found: list[tuple[float, float, int]]) -> str:
+    """Reproduced if every advantage exceeds two standard errors; in part if some do; undecided if none does either way."""
+    above = [mean > 2 * error for mean, error, _ in found]
+    below = [mean < -2 * error for mean, error, _ in found]
+    if all(above):
+        return "reproduced"
+    if any(above):
+        return "in part"
+    return "not reproduced" if any(below) else "undecided: all within two standard errors"
+
+
+def judge(rows: dict[str, list[dict]], a: str, others: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, str]:
+    """Verdict and evidence: row a against the best of the others in each metric, in paired differences."""
+    found = {}
+    for metric in wanted:
+        known = {b: value for b in others if (value := advantage(rows, a, b, metric))}
+        if known:
+            b = min(known, key=lambda b: known[b][0])  # the hardest one to beat
+            found[metric] = (b, known[b])
+    if not found:
+        return "not run", "no paired results"
+    factor = lambda metric: COLUMNS[metric][1]
+    text = ", ".join(f"{COLUMNS[m][0].split(' ')[0]} {v[0] * factor(m):+.3f} ± {v[1] * factor(m):.3f} (vs {ROWS.get(b) or ABLATIONS[b]})"
+                     for m, (b, v) in found.items())
+    return verdict([v for _, v in found.values()]), text
+
+
+def other_claims(everything: dict, document: dict) -> list[tuple[int, str, str, str]]:
+    """The claims that are no comparison of two rows: number, statement, verdict, evidence."""
+    claims, real = [], next((e for e in ("leukemia", "melanoma", "toy") if everything[e]), None)
+    statement = "CondOT and MFM stay near identity on linear SCMs (MR about 0.1), MapPFN does not"
+    mr = {row: np.mean(list(per_unit(r, "magnitude_ratio").values())) for row, r in everything["linear"].items()}
+    if {"condot", "mfm", "mappfn"} <= mr.keys():
+        claims.append((2, statement, "reproduced" if max(mr["condot"], mr["mfm"]) < 0.3 < mr["mappfn"] else "not reproduced",
+                       f"MR {mr['condot']:.2f}, {mr['mfm']:.2f} and {mr['mappfn']:.2f}; other control cells would give "
+                       f"{mr.get('oracle', float('nan')):.2f} for the truth itself"))
+    else:
+        claims.append((2, statement, "not run", "no such rows"))
+    statement = "Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline trained on real cells"
+    trained = [row for row in PUBLISHED if real and row in everything[real]]
+    if trained and "mappfn-pretrained" in everything[real]:
+        found = {row: advantage(everything[real], "mappfn-pretrained", row, "auprc") for row in trained}
+        found = {row: value for row, value in found.items() if value}
+        if found:
+            row = min(found, key=lambda row: found[row][0])
+            mean, error, n = found[row]
+            claims.append((6, statement, "reproduced" if mean > -2 * error else "not reproduced",
+                           f"AUPRC {mean:+.3f} ± {error:.3f} against {ROWS[row]}, {n} units"))
+    return claims
+
+
+def checklist(everything: dict, document: dict, tag: str) -> list[str]:
+    """The findings of section 6, each with a verdict and the figures that say so."""
+    real = next((e for e in ("leukemia", "melanoma", "toy") if everything[e]), "leukemia")
+    claims = other_claims(everything, document)
+    for number, statement, experiment, a, others, wanted in COMPARISONS:
+        experiment = real if experiment == "real" else experiment
+        claims.append((number, f"{statement} [{experiment}]", *judge(everything[experiment], a, others, wanted)))
+    document["claims"] = [dict(zip(("number", "statement", "verdict", "evidence"), claim)) for claim in sorted(claims)]
+    return [f"## What the paper claims, and what was found{tag}", "",
+            "Evidence: by how much the first is better, mean ± standard error of paired differences (positive: better).", "",
+            "| | claim | here | evidence |", "|---|---|---|---|",
+            *(f"| {c['number']} | {c['statement']} | **{c['verdict']}** | {c['evidence']} |" for c in document["claims"]), ""]
+
+
 # ------------------------------------------------------------------------- the rows that need no training (Table 2)
 
 
@@ -270,41 +452,80 @@ def reference(s: Settings) -> None:
     print("\n".join(lines) + f"\nwritten to {s.out / 'reference.md'}")
 
 
+def table_1(document: dict, tag: str) -> list[str]:
+    """What each method is told besides the control cells that it transforms, as its class declares (a test sees that it is so)."""
+    takes = {ROWS[row]: set(trained_class(row).conditions_on) for row in PUBLISHED}
+    takes["MapPFN"] = {"treatment", "controls", "context experiments"}  # the fields of data.Task
+    columns = {"treatment": "treatment", "context": "number of the biological context", "controls": "control population (observational)",
+               "context experiments": "context experiments (interventional)"}
+    document["tables"]["inputs"] = {row: sorted(known) for row, known in takes.items()}
+    mark = lambda known, column: "yes" if column in known else "no"
+    return [f"## Table 1. What each method conditions on{tag}", "", "| | " + " | ".join(columns.values()) + " |", "|---" * 5 + "|",
+            *(f"| {row} | " + " | ".join(mark(known, c) for c in columns) + " |" for row, known in takes.items()), ""]
+
+
+def section(document: dict, name: str, title: str, rows: dict, experiment: str, titles: dict | None = None) -> list[str]:
+    """The lines of one table with all that belongs to it; its numbers go into `document`."""
+    table = summarise(rows, experiment, titles)
+    gap = gap_closed(table)
+    document["tables"][name] = {"rows": table, "rmse_gap_closed": gap}
+    lines = [f"## {title}", "", *markdown(table), "", caption(table, experiment), ""]
+    if gap:
+        closed = ", ".join(f"{(titles or ROWS)[row]} {100 * share:.0f}%" for row, share in gap.items())
+        lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {closed}.", ""]
+    for more in () if titles else (comparison(rows, table), budgets(table)):
+        lines += [*more, ""] if more else []
+    return lines
+
+
+def figures(root: Path, document: dict) -> list[str]:
+    """Every figure with its caption, or the reason why there is none."""
+    lines = []
+    for file in sorted((root / "figures").glob("*.json")):
+        content = json.loads(file.read_text())
+        document["figures"][file.stem] = content
+        lines += [f"### {content['title']}", ""]
+        lines += [f"not run: {content['not_run']}", ""] if "not_run" in content else [
+            f"![{content['title']}](figures/{file.stem}.png)", "", content["caption"], ""]
+    return ["## Figures", "", *lines] if lines else []
+
+
 def main() -> None:
-    """Make all tables of a scale from whatever was run."""
+    """Make the report of a scale from whatever was run."""
     s = scales.parse(Settings, ())
     if s.reference:
         return reference(s)
-    root = s.out / s.scale
-    note = "" if s.scale == "paper" else f" at {s.scale} scale: smaller than, and not comparable with, the paper's"
-    lines, document = [f"# Tables{note}", ""], {"scale": s.scale, "tables": {}}
-    for experiment, title in TITLES.items():
-        rows = collect(root / "samples" / experiment)
-        if experiment == "toy" and not rows:
-            continue
-        lines += [f"## {title}" + (f" ({s.scale} scale, not the paper's)" if note else ""), ""]
-        if not rows:
+    root, small = s.out / s.scale, s.scale != "paper"
+    title = "Report" + f" at {s.scale} scale: smaller than, and not comparable with, the paper's" * small
+    tag = f" ({s.scale} scale, not the paper's)" * small
+    document = {"scale": s.scale, "tables": {}, "figures": {}}
+    lines = [f"# {title}", "", *table_1(document, tag)]
+    everything = {experiment: collect(root / "samples" / experiment) for experiment in TITLES}
+    for experiment, heading in TITLES.items():
+        if rows := everything[experiment]:
+            lines += section(document, experiment, heading + tag, rows, experiment)
+            if any(row in rows for row in list(ABLATIONS)[1:]):
+                lines += section(document, f"{experiment}-ablations", f"Table 4. Ablations, {heading.split('. ')[-1]}{tag}", rows,
+                                 experiment, ABLATIONS)
+        elif experiment != "toy":
             reason = why_missing(root, experiment)
-            lines += [f"not run: {reason}", ""]
+            lines += [f"## {heading}{tag}", "", f"not run: {reason}", ""]
             document["tables"][experiment] = {"not_run": reason}
-            continue
-        table, gap = summarise(rows, experiment), {}
-        lines += [*markdown(table), "", caption(table, experiment), ""]
-        if gap := gap_closed(table):
-            closed = ", ".join(f"{ROWS[row]} {100 * share:.0f}%" for row, share in gap.items())
-            lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {closed}.", ""]
-        document["tables"][experiment] = {"rows": table, "rmse_gap_closed": gap}
-    document |= environment() | {"seconds": stage_times(root)}
+    lines += figures(root, document)
+    lines += checklist(everything, document, tag)
+    document |= environment() | {"seconds": stage_times(root), "settings": {k: scales.at(s.scale, k) for k in scales.TABLE}}
     lines += ["## Run", "", f"Revision {document['revision']}, {document['device']}, Python {document['python']}, "
               + ", ".join(f"{k} {v}" for k, v in document["versions"].items()) + ".", ""]
     if document["seconds"]:
         lines += ["| stage | seconds |", "|---|---|", *(f"| {k} | {v:.0f} |" for k, v in document["seconds"].items()),
                   f"| all | {sum(document['seconds'].values()):.0f} |", ""]
+    lines += ["Settings, as in `scales.py`:", ""]
+    lines += [f"- {section}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for section, values in document["settings"].items()]
     if picture(root, root / "prediction.png"):
-        lines += ["![A prediction against the truth](prediction.png)", ""]
-    write(root / "tables.md", "\n".join(lines))
-    write(root / "tables.json", json.dumps(document, indent=1))
-    print("\n".join(lines) + f"\nwritten to {root / 'tables.md'}, tables.json and prediction.png")
+        lines += ["", "![A prediction against the truth](prediction.png)"]
+    write(root / "report.md", "\n".join(lines) + "\n")
+    write(root / "report.json", json.dumps(document, indent=1))
+    print("\n".join(lines) + f"\nwritten to {root / 'report.md'}, report.json and prediction.png")
 
 
 if __name__ == "__main__":

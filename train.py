@@ -56,6 +56,7 @@ class Settings:
     dataset: str = "leukemia"  # finetune, scratch: folder below out/<scale>/data
     init: Path | None = None  # finetune: starting weights; default: the GRN run with seed 0
     unpaired: bool = False  # grn: the prior without counterfactual pairing (6, Table 4)
+    name: str | None = None  # folder below train/; by default made of the kind of run and the seed
     out: Path = Path("out")  # everything is below out/<scale>
     # model
     genes: int = 50  # D
@@ -65,6 +66,7 @@ class Settings:
     registers: int = 8  # (A.1)
     attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto
     skip: bool = False  # predict what is to be added to the velocity of N(0, I) [D12]
+    film_query: bool = False  # the query modulates every token, as the time does [D34]
     treatment_gain: float = 1.0  # of the initial weights of the treatment stream [D11]
     remat: bool = True  # recompute activations in the backward pass: less memory (released code)
     # tasks
@@ -91,6 +93,7 @@ class Settings:
     log_every: int = 20  # updates between rows of log.csv
     validate_every: int = 200  # updates between validation losses
     checkpoint_seconds: float = 60.0  # between checkpoints
+    snapshots: int = 0  # EMA models kept on the way, for Figure 2
 
 
 # ------------------------------------------------------------------------------------ the objective (eq. 3, Algorithm 1)
@@ -196,9 +199,14 @@ def averaged(s: Settings, state: State) -> PyTree:
 # ------------------------------------------------------------------------------------------------------- sources of tasks
 
 
+def run_key(seed: int, use: Literal["initialisation", "updates", "validation"]) -> PRNGKeyArray:
+    """The key of one run for one use."""
+    return jr.fold_in(jr.key(seed), ("initialisation", "updates", "validation").index(use))
+
+
 def seeded(*numbers: int) -> np.random.Generator:
     """A generator of its own for each tuple of numbers."""
-    return np.random.default_rng(np.random.SeedSequence(numbers))
+    return np.random.default_rng(np.random.SeedSequence([len(numbers), *numbers]))  # NumPy pads with zeros: (1, 0) is (1,)
 
 
 TASKS, GRAPHS, HELD_OUT = range(3)  # the last number of a seed: what it is used for
@@ -240,7 +248,7 @@ def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable
     """
     if tasks is None:
         return lambda state: float("nan")
-    keys = jr.split(jr.key(s.seed), len(tasks.query))
+    keys = jr.split(run_key(s.seed, "validation"), len(tasks.query))
 
     @jax.jit
     def loss(parameters):
@@ -253,7 +261,8 @@ def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
-REPORTING = {"log_every", "validate_every", "checkpoint_seconds", "out", "attention", "remat", "splits", "init", "scale"}
+REPORTING = {"log_every", "validate_every", "checkpoint_seconds", "out", "attention", "remat", "splits", "init", "scale",
+             "name", "snapshots"}
 
 
 def header(s: Settings) -> dict:
@@ -295,7 +304,8 @@ def build(s: Settings | dict, seed: int = 0) -> MapPFN:
     """A randomly initialised model of the size that the settings, or a checkpoint's header, say."""
     s = dataclasses.asdict(s) if isinstance(s, Settings) else s | {"attention": "auto", "remat": False}
     return MapPFN(s["genes"], s["width"], s["depth"], s["heads"], s["registers"], attention=s["attention"],
-                  remat=s["remat"], skip=s["skip"], treatment_gain=s["treatment_gain"], key=jr.key(seed))
+                  remat=s["remat"], skip=s["skip"], film_query=s["film_query"], treatment_gain=s["treatment_gain"],
+                  key=run_key(seed, "initialisation"))
 
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:
@@ -329,14 +339,21 @@ class Log:
         self.file.flush()
 
 
+def seconds(log: Path) -> float:
+    """Seconds of training that log.csv tells of, whatever stops there were."""
+    rows = list(csv.DictReader(log.open())) if log.is_file() else []
+    tasks = np.diff([0, *(int(r["tasks"]) for r in rows)])
+    return round(float(sum(tasks / [max(float(r["tasks_per_second"]), 1e-9) for r in rows])), 1)
+
+
 def start(s: Settings, path: Path) -> tuple[State, MapPFN]:
     """State to begin or to go on with, and the model's static part."""
     model = build(s, s.seed)
     if s.what == "finetune":
         source = s.init or s.out / s.scale / "train" / "grn-seed0" / "model.eqx"
         head, model = load_model(source)
-        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ("genes", "width", "depth", "heads", "registers", "skip")
-                 if head.get(k) != getattr(s, k)]
+        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ("genes", "width", "depth", "heads", "registers", "skip",
+                 "film_query") if head.get(k) != getattr(s, k)]
         if wrong:
             raise BadInput(f"{source}: a checkpoint of another configuration: {'; '.join(wrong)}")
         model = eqx.combine(eqx.filter(model, eqx.is_inexact_array), build(s))
@@ -362,7 +379,7 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
     source, valid = Source(s, screen), validation_tasks(s, screen)
     first = source(0)  # a bad combination of screen, K and N shows here, before anything is written
     state, static = start(s, folder / "checkpoint.eqx")
-    done, key = int(state.update), jr.key(s.seed + 1)
+    done, key = int(state.update), run_key(s.seed, "updates")
     update = update_function or make_update(s, static, mesh)
     validate = make_validation(s, static, valid)
     shard = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -390,12 +407,15 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
                     learning_rate=f"{float(state.optimiser[1].hyperparams['learning_rate']):.6g}", tasks_per_second=f"{rate:.1f}")
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} tasks/s", refresh=False)
             losses, since = [], (time.monotonic(), i + 1)
+        if s.snapshots and (i + 1) * s.snapshots // s.updates > i * s.snapshots // s.updates:
+            write_leaves(folder / "snapshots" / f"update-{i + 1}.eqx", header(s) | {"update": i + 1}, averaged(s, state))
         if not losses and not last and time.monotonic() - saved > s.checkpoint_seconds:  # right after a row of the log
             write_leaves(folder / "checkpoint.eqx", header(s) | {"update": i + 1}, state)
             saved = time.monotonic()
         bar.update()
     bar.close()
-    write_leaves(folder / "model.eqx", header(s) | {"revision": scales.revision()}, averaged(s, state))
+    about = {"revision": scales.revision(), "parameters": count_parameters(state.parameters)}
+    write_leaves(folder / "model.eqx", header(s) | about, averaged(s, state))
     (folder / "checkpoint.eqx").unlink(missing_ok=True)
     return update
 
@@ -404,13 +424,18 @@ def runs(s: Settings) -> list[tuple[Settings, Path, Path | None]]:
     """The runs that one command stands for: settings, folder, and the file of real cells."""
     root = s.out / s.scale
     if s.what in ("linear", "grn"):
-        name = s.what + ("-unpaired" if s.unpaired else "")
-        return [(s, root / "train" / f"{name}-seed{s.seed}", None)]
+        name = s.name or s.what + "-unpaired" * s.unpaired + f"-seed{s.seed}"
+        return [(s, root / "train" / name, None)]
     files = [root / "data" / s.dataset / f"split-{i}.h5ad" for i in range(s.splits)]
     if not files[0].is_file():
         raise BadInput(f"{files[0]}: no such file; prepare it with python data.py --dataset {s.dataset} --scale {s.scale}")
     return [(dataclasses.replace(s, seed=s.seed + i), root / "train" / f"{s.what}-{s.dataset}-split{i}", file)
             for i, file in enumerate(files)]
+
+
+def grn_screen(s: Settings) -> Screen:
+    """The GRNs that prior.py wrote; one in fifty is held out, with half of its treatments as TEST."""
+    return load_grn_screen(s.out / s.scale / ("prior" + "-unpaired" * s.unpaired), held_out=max(1, s.contexts // 50))
 
 
 def use_all_cores(micro_batch: int) -> None:
@@ -429,9 +454,7 @@ def main() -> None:
             check_same(folder / "model.eqx", load_model(folder / "model.eqx")[0], run)
             print(f"{folder}: already trained")
             continue
-        screen = load_screen(file) if file else None
-        if s.what == "grn":
-            screen = load_grn_screen(s.out / s.scale / ("prior" + "-unpaired" * s.unpaired), held_out=max(1, s.contexts // 50))
+        screen = grn_screen(s) if s.what == "grn" else load_screen(file) if file else None
         update = train(run, folder, screen, update)
 
 

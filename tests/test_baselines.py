@@ -1,4 +1,4 @@
-"""Claims about baselines.py: known effects are recovered, test cells are never looked at, files are written once."""
+"""Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files are written once."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("baselines", "beartype.beartype"):
     import baselines
 import metrics
-from data import ABSENT, TEST, TRAIN, VALIDATION, EvaluationTask, Screen, evaluation_tasks
+from data import ABSENT, TEST, TRAIN, VALIDATION, EvaluationTask, Screen, evaluation_tasks, join_screens
 from scales import BadInput
 
 GENES, POOL, CELLS = 6, 120, 40
@@ -120,13 +120,60 @@ def test_unmeasured_target():
     assert np.array_equal(predict("additive", screen, tasks), predict("context-mean", screen, tasks))
 
 
+def test_target_gene_scales_what_training_knock_outs_left():
+    """If knock-outs leave a fifth of their own gene, the row leaves a fifth of a new one's; the others get the mean effect."""
+    shifts = np.zeros((3, GENES + 1, GENES))
+    for c in range(3):
+        shifts[c, 1:] = 0.5 - np.eye(GENES) * (0.5 + 0.8 * (5 + c))
+    screen = make_screen(shifts, log_expression=True)
+    tasks = tasks_of(screen)
+    cells, mean_effect = predict("target-gene", screen, tasks), predict("context-mean", screen, tasks)
+    treated = np.broadcast_to(tasks.query[:, None] != 0, cells.shape)
+    np.testing.assert_allclose(cells[treated], 0.2 * tasks.identity[treated], rtol=0.1)
+    assert np.array_equal(cells[~treated], mean_effect[~treated])
+
+
+def test_bilinear_ridge_finds_effects_that_follow_co_expression():
+    """Where an effect is a linear function of the treated gene's co-expression, the row is closer than the context mean;
+    where effects are noise, the penalty chosen without test conditions makes it nearly that row."""
+    rng, genes, pool = np.random.default_rng(0), 24, 200
+    angles = rng.uniform(0, 2 * np.pi, genes)
+    loadings = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # all genes vary equally
+    controls = rng.normal(size=(pool, 2)) @ loadings.T + rng.normal(0, 0.3, (pool, genes))
+    effects = {True: loadings @ rng.normal(size=(2, genes)), False: rng.normal(size=(genes, genes))}
+    closer = {}
+    for bilinear, effect in effects.items():
+        shifts = np.concatenate([np.zeros((1, genes)), effect])
+        cells = controls[None] + shifts[:, None]
+        split = np.array([[TRAIN] * (genes - 3) + [TEST] * 4])
+        screen = Screen(cells.reshape(-1, genes).astype(np.float32), np.arange(genes + 1)[None] * pool,
+                        np.full((1, genes + 1), pool), np.eye(genes + 1)[None, :, 1:].astype(np.float32), split,
+                        tuple(map(str, range(genes))), ("c",), tuple(map(str, range(genes + 1))), False)
+        tasks = tasks_of(screen)
+        moved = lambda row: (predict(row, screen, tasks) - tasks.identity).mean(1)
+        error = lambda row: np.sqrt(np.mean((moved(row) - effect[tasks.treatment_index - 1]) ** 2))
+        closer[bilinear] = error("bilinear-ridge") / error("context-mean")
+    assert closer[True] < 0.5 and 0.8 < closer[False] < 1.25
+
+
+def test_joined_screens_hold_what_both_held():
+    """Every condition of two joined screens has the cells, treatment and use that it had alone; the first keep their numbers."""
+    a, b = make_screen(shifts_by_treatment(), seed=1), make_screen(shifts_by_treatment(contexts=2), seed=2, contexts=2)
+    both = join_screens(a, b)
+    for screen, offset in ((a, 0), (b, 3)):
+        for c, t in np.ndindex(screen.count.shape):
+            rows = lambda x, i: x.cells[x.start[i, t] :][: x.count[i, t]]
+            assert np.array_equal(rows(both, c + offset), rows(screen, c)) and both.split[c + offset, t] == screen.split[c, t]
+    assert both.context_names == a.context_names + b.context_names
+
+
 def test_expression_is_never_negative():
     """On log-expression data predictions are clipped at zero, on others they are not."""
     for log_expression in (True, False):
         shifts = np.zeros((3, GENES + 1, GENES))
         shifts[:, 1:] = -20
         screen = make_screen(shifts, log_expression=log_expression)
-        for method in ("context-mean", "additive", "constant-mean"):
+        for method in ("context-mean", "additive", "bilinear-ridge", "constant-mean"):
             smallest = predict(method, screen, tasks_of(screen)).min()
             assert smallest == 0 if log_expression else smallest < 0
 
@@ -182,7 +229,7 @@ def test_no_training_condition_is_bad_input():
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """A function that runs `python baselines.py toy` with extra arguments, on two draws of the screen above."""
+    """A function that runs `python -m baselines toy` with extra arguments, on two draws of the screen above."""
     screen = make_screen(shifts_by_treatment())
     sets = lambda experiment, settings: ((0, draw, screen, tasks_of(screen, draw)) for draw in range(2))
     monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(evaluation_sets=sets))
@@ -199,7 +246,8 @@ def test_stage_writes_every_row_once(stage, capsys):
     """Each row and draw is one readable file; a second run leaves them alone, one with another seed is refused."""
     files = stage("--methods", "identity")
     assert [f.name for f in files] == ["identity-split0-draw0.npz", "identity-split0-draw1.npz"]
-    files = stage()
+    rows = ("--methods", *baselines.METHODS, *baselines.REFERENCES)
+    files = stage(*rows)
     assert len(files) == 2 * len({*baselines.METHODS, *baselines.REFERENCES})
     for file in files:
         p = metrics.load_predictions(file)
@@ -207,7 +255,7 @@ def test_stage_writes_every_row_once(stage, capsys):
         assert p.prediction.shape == (3, CELLS, GENES) and list(p.contexts) == ["c2"] * 3
         assert p.meta["scale"] == "smoke" and p.meta["experiment"] == "toy"
     stamps = [f.stat().st_mtime_ns for f in files]
-    assert [f.stat().st_mtime_ns for f in stage()] == stamps and "already done" in capsys.readouterr().out
+    assert [f.stat().st_mtime_ns for f in stage(*rows)] == stamps and "already done" in capsys.readouterr().out
     with pytest.raises(BadInput, match="seed: 0, now 1"):
         stage("--seed", "1")
 

@@ -24,11 +24,12 @@ def shapes(*sizes, **options):
     return eqx.filter_eval_shape(lambda: MapPFN(*sizes, **options, key=jr.key(0)))
 
 
-def build(attention="auto", remat=False, skip=False) -> MapPFN:
+def build(attention="auto", remat=False, skip=False, film_query=False) -> MapPFN:
     """A tiny network of random numbers: its own take long to compile, and its FiLM of zero would hide the time."""
     rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-    return jax.tree.map(fill, shapes(GENES, WIDTH, DEPTH, 2, 2, attention=attention, remat=remat, skip=skip))
+    return jax.tree.map(fill, shapes(GENES, WIDTH, DEPTH, 2, 2, attention=attention, remat=remat, skip=skip,
+                                     film_query=film_query))
 
 
 def inputs(seed=0, experiments=EXPERIMENTS, generated=CELLS, cells=CELLS, drop=False) -> dict:
@@ -185,6 +186,18 @@ def test_skip_adds_the_gaussian_velocity(run, network):
     assert same(run(build(skip=True), **x), run(**x) + added)
 
 
+def test_film_by_query_is_a_direct_path_from_the_query(network):
+    """[D34] With every attention output switched off, the query still reaches the velocity, unless the condition is dropped;
+    without the flag it cannot."""
+    mute = lambda net: eqx.tree_at(lambda n: [s.out.weight for s in n.blocks.streams], net,
+                                   [jnp.zeros_like(s.out.weight) for s in net.blocks.streams])
+    one, two = inputs(), inputs() | {"query": inputs(1)["query"]}
+    for film_query, drop, reaches in ((True, False, True), (True, True, False), (False, False, False)):
+        net, drop = mute(build(film_query=film_query)), {"drop": np.array(drop)}
+        call = eqx.filter_jit(lambda x: net(**x))
+        assert same(call(one | drop), call(two | drop)) != reaches
+
+
 # ---------------------------------------------------------------------------------------------- attention and gradients
 
 
@@ -195,6 +208,14 @@ def test_looped_attention_is_plain_attention(tokens):
     compiled = lambda f: jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(weight * f(*qkv))))(qkv)
     for plain, looped in zip(*(jax.tree.leaves(compiled(f)) for f in (model.plain_attention, model.looped_attention))):
         np.testing.assert_allclose(plain, looped, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
+
+
+def test_padding_without_a_mask_changes_the_result():
+    """[D3] 23 zero keys, which round 41 tokens up to 64, take attention away from the 41: outputs shrink by more than a tenth."""
+    q, k, v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 41, 2, 8)), jnp.float32)
+    pad = lambda x: jnp.pad(x, ((0, 23), (0, 0), (0, 0)))
+    right, wrong = model.plain_attention(q, k, v), model.plain_attention(pad(q), pad(k), pad(v))[:41]
+    assert np.linalg.norm(wrong) < 0.9 * np.linalg.norm(right)
 
 
 @functools.cache

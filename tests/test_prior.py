@@ -193,6 +193,14 @@ def test_knock_out_moves_direct_targets_only():
     np.testing.assert_allclose(ratio[2:4], 1, rtol=0.05)
 
 
+def test_the_target_of_a_lost_sole_regulator_can_rise():
+    """A weak regulator is knocked out, and its only target becomes a master regulator: its mean goes *up* (sergio-rs)."""
+    weak = network_of({(0, 1): 0.1, (2, 3): 2.0}, 4)
+    control, treated = (prior.simulate_condition(weak, t, 400, 1, 2, 3).mean(0) for t in (CONTROL, 1))
+    ratio = treated / treated[2] * control[2] / control
+    assert ratio[1] > 2 and ratio[3] == pytest.approx(1, rel=0.05)
+
+
 def test_each_condition_has_a_network_of_its_own():
     """Control and a knock-out come out the same whichever other knock-outs were simulated before them."""
     run = lambda t: prior.simulate_condition(network_of(CHAIN, 5, process_noise=1.0), t, 50, 1, 2, 3)

@@ -1,6 +1,7 @@
 """Claims about sample.py: the flow is solved, guidance is linear, tasks do not mix, and what is held out stays so."""
 
 import dataclasses
+import json
 
 import equinox as eqx
 import jax
@@ -42,7 +43,7 @@ def model(trained) -> MapPFN:
 @pytest.fixture(scope="module")
 def settings(trained):
     """Of the evaluation: two unseen graphs of five genes, so four tasks."""
-    return sample.Settings("linear", scale="smoke", genes=GENES, context=CONTEXT, eval_cells=CELLS, held_out=2, seeds=1,
+    return sample.Settings("linear", scale="smoke", guidance=2.0, genes=GENES, context=CONTEXT, eval_cells=CELLS, held_out=2, seeds=1,
                            steps=10, out=trained.settings.out)
 
 
@@ -203,6 +204,42 @@ def test_augmented_pools_each_gene_from_its_own_subsets():
     assert all(len(set(column)) == len(column) for column in pooled.T.tolist())
 
 
+# ------------------------------------------------------------------------------------------- the guidance weight (Table 7)
+
+
+def test_guidance_is_chosen_on_validation_tasks(trained, settings, monkeypatch, tmp_path):
+    """Of predictions that are wrong by |weight - 1.5|, 1.5 is chosen, on tasks from graphs that are not the evaluation's; the
+    choice is written down and not made twice."""
+    head, model = train.load_model(trained.folder / "model.eqx")
+    asked = []
+
+    def generate(model, tasks, guidance, steps, *, key):
+        asked.append(tasks.query)
+        return tasks.target + np.float32(guidance - 1.5)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    choose = lambda: sample.chosen_guidance(settings, tmp_path / "model.eqx", head, model, None)
+    assert choose() == 1.5 and len(asked) == len(sample.GUIDANCE)
+    record = json.loads((tmp_path / "guidance.json").read_text())
+    assert record["guidance"] == 1.5 and record["validation_rmse"]["2.5"] == pytest.approx(1, abs=1e-5)
+    (_, _, _, evaluation), = sample.evaluation_sets("linear", settings)
+    assert not set(asked[0].max(-1).tolist()) & set(evaluation.query.max(-1).tolist())
+    assert choose() == 1.5 and len(asked) == len(sample.GUIDANCE)
+
+
+def test_without_validation_conditions_guidance_is_inherited(trained, settings, monkeypatch, tmp_path):
+    """A fine-tuned model takes the weight of the pre-trained one, a model trained from scratch takes 2."""
+    head, model = train.load_model(trained.folder / "model.eqx")
+    monkeypatch.setattr(train, "validation_tasks", lambda *a: None)
+    for run, record in (("grn-seed0", {"guidance": 3.0}), ("finetune-x", None), ("scratch-x", None)):
+        (tmp_path / run).mkdir()
+        if record:
+            (tmp_path / run / "guidance.json").write_text(json.dumps(record))
+    for what, expected in (("finetune", 3.0), ("scratch", 2.0)):
+        file = tmp_path / f"{what}-x" / "model.eqx"
+        assert sample.chosen_guidance(settings, file, head | {"what": what}, model, None) == expected
+
+
 # ----------------------------------------------------------------------------------------------- what is held out (B.4)
 
 
@@ -277,7 +314,7 @@ def test_stage_writes_what_it_says_and_is_skipped_next_time(command, settings, e
     assert predictions.prediction.shape == tasks.target.shape and not predictions.log_expression
     meta = predictions.meta
     assert (meta["experiment"], meta["method"], meta["split"], meta["resampling"]) == ("linear", "mappfn-seed0", 0, 0)
-    assert meta["training"]["width"] == 16 and meta["settings"]["guidance"] == 2.0 and len(meta["genes"]) == GENES
+    assert meta["training"]["width"] == 16 and meta["guidance"] == 2.0 and len(meta["genes"]) == GENES
     assert {"scale", "seed", "revision", "seconds", "clipped_fraction"} <= meta.keys()
     monkeypatch.setattr(sample, "generate", lambda *a, **k: pytest.fail("predicted again"))
     command(settings)

@@ -11,6 +11,7 @@ import scales
 import tables
 from scales import BadInput
 
+HEAD = {"updates": 7, "micro_batch": 2, "accumulate": 3, "parameters": 1234, "seconds": 5.0}  # of a checkpoint
 METRICS = ("wasserstein", "mmd", "rmse", "pds", "magnitude_ratio", "variance_rmse")
 
 
@@ -20,7 +21,8 @@ def result(folder, name: str, contexts=("all",), conditions=None, meta=None, **v
     (folder / f"{name}.npz").write_bytes(b"not looked at")
     content = {"auprc": None, "contexts": list(contexts), "conditions": conditions or {}}
     content |= dict.fromkeys(METRICS, 0.5) | values
-    about = {"method": name.split("-split")[0], "seed": 0, "seconds": 1.5, "revision": "abc"} | (meta or {})
+    split = int(name.split("-split")[1].split("-")[0])
+    about = {"method": name.split("-split")[0], "split": split, "seed": 0, "seconds": 1.5, "revision": "abc"} | (meta or {})
     (folder / f"{name}.json").write_text(json.dumps({"meta": about, "metrics": content}))
 
 
@@ -32,12 +34,12 @@ def linear(tmp_path):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """Run main(); returns the text of tables.md and the content of tables.json."""
+    """Run main(); returns the text of report.md and the content of report.json."""
     def run(scale="smoke", **changed):
         monkeypatch.setattr(scales, "parse", lambda *a: tables.Settings(scale=scale, out=tmp_path, **changed))
         tables.main()
         folder = tmp_path / scale
-        return (folder / "tables.md").read_text(), json.loads((folder / "tables.json").read_text())
+        return (folder / "report.md").read_text(), json.loads((folder / "report.json").read_text())
     return run
 
 
@@ -47,7 +49,7 @@ def main(tmp_path, monkeypatch):
 def test_mean_and_spread_by_hand(linear):
     """Three seeds with RMSE 0.1, 0.2 and 0.6 are 0.3 +- 0.2646 (n - 1); MMD is in thousandths."""
     for i, value in enumerate((0.1, 0.2, 0.6)):
-        result(linear, f"mappfn-seed{i}-split0-draw0", rmse=value, mmd=value / 100, meta={"training": {"seed": i}})
+        result(linear, f"mappfn-seed{i}-split0-draw0", rmse=value, mmd=value / 100, meta={"training": HEAD | {"seed": i}})
     row, = tables.summarise(tables.collect(linear), "linear")
     assert (row["row"], row["files"], row["seeds"], row["seconds"]) == ("mappfn", 3, [0, 1, 2], 4.5)
     rmse, mmd = row["metrics"]["rmse"], row["metrics"]["mmd"]
@@ -96,7 +98,7 @@ def test_numbers_of_the_paper(experiment, row, metric, expected):
 def test_every_row_of_the_paper_is_a_row_here():
     """No number of the paper belongs to a row or a table that is never printed, and each is a pair."""
     for experiment, rows in tables.PAPER.items():
-        assert experiment in tables.TITLES and rows.keys() <= tables.ROWS.keys()
+        assert experiment in tables.TITLES and rows.keys() <= tables.ROWS.keys() | tables.ABLATIONS.keys()
         assert {len(row) for row in rows.values()} == {5 if experiment == "linear" else 6}
         assert all(len(pair) == 2 for row in rows.values() for pair in row)
 
@@ -111,6 +113,46 @@ def test_gap_closed_by_hand(linear):
     assert tables.gap_closed([row for row in table if row["row"] != "oracle"]) == {}
 
 
+def test_paired_advantage_by_hand(tmp_path):
+    """Three splits, AUPRC better by 0.1, 0.2 and 0.3: 0.2 with standard error 0.1 / sqrt(3); an RMSE that is lower by as
+    much is as good; of MR the distance to 1 counts. A split that one row lacks is left out."""
+    for split, more in enumerate((0.1, 0.2, 0.3)):
+        result(tmp_path, f"cpa-split{split}-draw0", auprc=0.5 + more, rmse=0.5 - more, magnitude_ratio=1 - more)
+        result(tmp_path, f"additive-split{split}-draw0", auprc=0.5, rmse=0.5, magnitude_ratio=1 + 2 * more)
+    result(tmp_path, "additive-split3-draw0", auprc=0.9, rmse=0.9)
+    rows = tables.collect(tmp_path)
+    expected = (pytest.approx(0.2), pytest.approx(0.1 / 3**0.5), 3)
+    assert all(tables.advantage(rows, "cpa", "additive", m) == expected for m in ("auprc", "rmse", "magnitude_ratio"))
+    assert tables.advantage(rows, "additive", "cpa", "auprc")[0] == pytest.approx(-0.2)
+    assert tables.advantage(rows, "cpa", "mfm", "auprc") is None
+
+
+def test_the_best_simple_row_is_the_one_to_beat(tmp_path):
+    """Best is highest AUPRC and lowest RMSE; constant mean and references are no competitors."""
+    for row, value in {"additive": 0.3, "target-only": 0.4, "constant-mean": 0.9, "observed": 0.95}.items():
+        result(tmp_path, f"{row}-split0-draw0", auprc=value, rmse=value)
+    rows = tables.collect(tmp_path)
+    assert (tables.best_simple(rows, "auprc"), tables.best_simple(rows, "rmse")) == ("target-only", "additive")
+
+
+@pytest.mark.parametrize("found, expected", [
+    ([(0.3, 0.1, 9), (0.1, 0.01, 9)], "reproduced"), ([(0.3, 0.1, 9), (-0.1, 0.01, 9)], "in part"),
+    ([(0.1, 0.1, 9), (-0.3, 0.1, 9)], "not reproduced"), ([(0.1, 0.1, 9), (-0.1, 0.1, 9)], "undecided"),
+])
+def test_verdicts(found, expected):
+    """Two standard errors decide: all better, some better, none better and one worse, nothing beyond them."""
+    assert tables.verdict(found).startswith(expected)
+
+
+def test_a_claim_is_held_against_the_hardest_opponent(tmp_path):
+    """MapPFN beats CondOT but not MFM: the evidence names MFM."""
+    for split in range(3):
+        for row, value in {"mappfn-seed0": 0.5, "condot-seed0": 0.9, "mfm-seed0": 0.2 + 0.01 * split}.items():
+            result(tmp_path, f"{row}-split{split}-draw0", rmse=value)
+    outcome, evidence = tables.judge(tables.collect(tmp_path), "mappfn", ("condot", "mfm"), ("rmse",))
+    assert outcome == "not reproduced" and "MFM" in evidence and "-0.29" in evidence
+
+
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -119,7 +161,7 @@ def test_no_cell_is_blank(main, linear):
     result(linear, "mappfn-seed1-split0-draw0", variance_rmse=None)
     result(linear, "identity-split0-draw0", pds=None)
     text, document = main()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line for line in text.split("## Table 2")[1].split("\n\n")[1].splitlines() if line.startswith("| ")]
     assert len(rows) == 3
     assert all(cell.strip() for line in rows for cell in line.strip("|").split("|")[1:])
     assert len({line.count("|") for line in rows}) == 1
@@ -134,16 +176,17 @@ def test_small_scales_say_so(main, tmp_path, scale):
     for experiment in ("linear", "toy"):
         result(tmp_path / scale / "samples" / experiment, "identity-split0-draw0")
     text, _ = main(scale)
-    title, *headings = [line for line in text.splitlines() if line.startswith("#") and line != "## Run"]
+    title, *headings = [line for line in text.splitlines() if line.startswith("## ") or line.startswith("# ")]
+    headings.remove("## Run")
     assert f"at {scale} scale" in title and "not comparable" in title
-    assert len(headings) == 4 and all(f"({scale} scale, not the paper's)" in line for line in headings)
+    assert len(headings) == 6 and all(f"({scale} scale, not the paper's)" in line for line in headings)
 
 
 def test_paper_scale_makes_no_excuse(main, tmp_path):
     """At paper scale headings stand for themselves."""
     result(tmp_path / "paper" / "samples" / "linear", "identity-split0-draw0")
     text, _ = main("paper")
-    assert "# Tables\n" in text and "## Table 2. Linear SCMs\n" in text and "not the paper's" not in text
+    assert "# Report\n" in text and "## Table 2. Linear SCMs\n" in text and "not the paper's" not in text
 
 
 def test_what_was_not_run_says_why(main, tmp_path):
@@ -191,7 +234,7 @@ def test_tables_are_written_whole(main, linear, monkeypatch, tmp_path):
     (linear / "oracle-split0-draw0.npz").write_bytes(b"")
     with pytest.raises(BadInput):
         main()
-    assert (tmp_path / "smoke" / "tables.md").read_text() == text
+    assert (tmp_path / "smoke" / "report.md").read_text() == text
 
 
 def test_picture_of_a_prediction(linear, tmp_path):
