@@ -54,7 +54,7 @@ class Settings:
     tasks: int = 100  # test conditions of each unit, at most
     cells: int = 200  # per population, given and generated, where they are not what varies (B.3)
     contexts: tuple[int, ...] = (0, 1, 2, 4, 8, 10)  # Figure 5a: K, as far as there are experiments and slots
-    multiples: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 6)  # Figure 5b: cells given / cells trained with
+    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)  # Figure 5b: cells given / cells trained with
     most_cells: int = 400  # Figure 5b: and at most this many
     weights: tuple[float, ...] = sample.GUIDANCE  # of guidance (Table 7)
     subsets: int = 10  # Figure 3: of the genes (6)
@@ -331,7 +331,7 @@ def tta_unit(s: Settings, file: Path, seed: int, tasks: EvaluationTask) -> dict[
                                            guidance_of(s, file), s.steps, key=jr.fold_in(jr.key(seed), i))
                           for n in (fewest, s.subsets))
         for way, cells in zip(WAYS, (single[: s.cells], pooled[: s.cells], pooled)):
-            predicted[way].append(sample.clip_expression(cells, True)[0])
+            predicted[way].append(sample.clip_expression(cells[None], True)[0][0])
     result = {}
     for way, cells in predicted.items():
         cells = np.stack([c[: min(map(len, cells))] for c in cells])  # the rarest gene's cells may differ between tasks
@@ -368,11 +368,13 @@ def draw_tta(data: dict, axes: np.ndarray) -> None:
     for axis, (name, result) in zip(axes.flat, data["screens"].items()):
         found = {k: np.array([unit[k] for unit in result["values"]], float) for k in result["values"][0]}
         ways = np.array([found[way] for way in WAYS])  # 3 U
+        ways = ways[:, np.isfinite(ways).all(axis=0)]  # undefined where no gene changes in truth
         axis.plot(range(3), ways, "-", color="0.65", lw=0.8, marker=".", ms=4)
-        sd = np.nanstd(ways, axis=1, ddof=1) if ways.shape[1] > 1 else None
-        axis.errorbar(range(3), np.nanmean(ways, axis=1), sd, fmt="D", color="C0", capsize=4, ms=7, label="mean ± sd")
-        for rule, line in (("treated gene only", "--"), ("random", ":")):
-            axis.axhline(np.nanmean(found[rule]), color="k", ls=line, lw=1, label=rule)
+        if ways.size:
+            sd = ways.std(axis=1, ddof=1) if ways.shape[1] > 1 else None
+            axis.errorbar(range(3), ways.mean(axis=1), sd, fmt="D", color="C0", capsize=4, ms=7, label="mean ± sd")
+            for rule, line in (("treated gene only", "--"), ("random", ":")):
+                axis.axhline(np.nanmean(found[rule]), color="k", ls=line, lw=1, label=rule)
         axis.set_xticks(range(3), WAYS.values())
         axis.set(title=f"{called(name)}: {result['genes'][1]} genes, model of {result['genes'][0]}", ylabel="AUPRC ↑",
                  xlim=(-0.4, 2.4), ylim=(0, None))
@@ -466,7 +468,7 @@ def draw_sweep(data: dict, axes: np.ndarray) -> None:
             axis.set_xticks(block["x"], [f"{x:g}" for x in block["x"]])
             axis.minorticks_off()
             axis.set(title=called(experiment), xlabel=label, ylabel=METRICS[metric])
-        row[0].legend(frameon=False, fontsize=7)
+        row[0].legend(fontsize=7)
 
 
 # --------------------------------------------------------------------------------------------- error of the ODE solver
@@ -474,18 +476,18 @@ def draw_sweep(data: dict, axes: np.ndarray) -> None:
 
 def compute_ode(s: Settings) -> dict:
     """Largest and root-mean-square difference of all values from a finer solution, for the same noise, unclipped."""
-    curves = {}
+    curves, steps = {}, [n for n in s.ode_steps if n < s.ode_reference]
     for run, title in (("linear-seed0", "linear SCMs"), ("grn-seed0", "GRNs")):
         head, model = train.load_model(s.out / s.scale / "train" / run / "model.eqx")
         linear = lambda: linear_screen(own_rng(s, 100), 2, head["genes"], s.cells, held_out=2)
         screen = linear() if title == "linear SCMs" else prior_screen(s, head)
         tasks = sample_tasks(own_rng(s, 101), screen, s.ode_tasks, s.cells, head["context"], TEST)
         cells = {n: sample.generate(model, tasks, s.guidance or 2.0, n, key=jr.key(s.seed)).astype(float)
-                 for n in tqdm((s.ode_reference, *s.ode_steps), unit="setting", desc=f"ode: {title}")}
-        error = [np.abs(cells[n] - cells[s.ode_reference]) for n in s.ode_steps]
+                 for n in tqdm([s.ode_reference, *steps], unit="setting", desc=f"ode: {title}")}
+        error = [np.abs(cells[n] - cells[s.ode_reference]) for n in steps]
         curves[title] = {"largest": [e.max(axis=(1, 2)).tolist() for e in error],  # X P
                          "root mean square": [np.sqrt((e**2).mean(axis=(1, 2))).tolist() for e in error]}
-    return {"curves": curves, "steps": s.ode_steps, "caption":
+    return {"curves": curves, "steps": steps, "caption":
             f"Difference from the cells that {s.ode_reference} Dopri5 steps make of the same noise, by evaluations "
             f"of the network (six a step, and one); {s.ode_tasks} tasks, {s.cells} cells, guidance {s.guidance or 2:g}. "
             "Largest of a task's values and root mean square of them: mean, smallest and largest over tasks."}

@@ -105,7 +105,14 @@ prepare() {  # prepare DATASET FILE: split and normalise a screen; one that cann
   if stage "data: $1" "20 s" data.py --dataset "$1" --scale "$SCALE" --out "$OUT" ${file[@]+"${file[@]}"} 2> "$note"; then
     rm -f "$note"; SCREENS="$SCREENS $1"
     # twice the genes, one split: for test-time augmentation (Figure 3)
-    "$PY" data.py --dataset "$1" --name "$1-wide" --scale "$SCALE" --out "$OUT" ${file[@]+"${file[@]}"} --splits 1 --genes $((2 * $(at real genes)))
+    "$PY" data.py --dataset "$1" --name "$1-wide" --scale "$SCALE" --out "$OUT" ${file[@]+"${file[@]}"} --splits 1 \
+      --genes $((2 * $(at real genes)))
+    # replicates as contexts, where the file tells them apart: several contexts of real cells (B.4), for the simple rows
+    if [ "$1" = leukemia ] && "$PY" data.py --dataset leukemia --name replicates --context-col replicate --scale "$SCALE" --out "$OUT" \
+      ${file[@]+"${file[@]}"} --context 2 --min-cells $(($(at real min_cells) / 2)); then
+      stage "baselines: replicates" "20 s" -m baselines replicates --scale "$SCALE" --out "$OUT" --context 2 --methods identity \
+        target-only context-mean additive target-gene bilinear-ridge constant-mean observed oracle
+    fi
   else
     cat "$note" >&2
     [ -z "$2" ] || exit 1  # a file that was given has to be usable

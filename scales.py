@@ -48,7 +48,7 @@ TABLE = {
         "population":            (64,       100,      200),  # cells simulated per condition (B.2)
         "cells":                 (16,        16,      200),  # cells N of a population in a task (B.2)
         "context":               (2,          4,        8),  # context experiments K (B.2)
-        "updates":               (40,      7000,    50000),  # 400k micro-batches (A.2) [D1]
+        "updates":               (40,      6000,    50000),  # 400k micro-batches (A.2) [D1]
         "micro_batch":           (8,          8,       32),  # (released code)
         "accumulate":            (1,          1,        8),  # (released code)
         "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
@@ -60,7 +60,7 @@ TABLE = {
         "cells":                 (16,        16,      200),  # cells N of a population in a task (B.3)
         "context":               (2,          4,        8),  # context experiments K (B.2)
         "updates":               (10,       100,      375),  # 3,000 iterations (A.3) [D1]
-        "micro_batch":           (8,         16,       32),  # (released code)
+        "micro_batch":           (8,          8,       32),  # (released code)
         "accumulate":            (1,          1,        8),  # (released code)
         "learning_rate":         (1e-3,    1e-3,     5e-5),  # peak (A.3)
     },
@@ -73,6 +73,66 @@ TABLE = {
         "eval_cells":            (32,       100,      200),  # cells per population that metrics compare (B.3)
         "seeds":                 (1,          1,        3),  # trainings per row of Table 2 (Table 2)
         "resamplings":           (1,          1,       10),  # draws of cells per split in Table 3 (Table 3)
+    },
+    "figures": {               # how much each figure samples (figures.py says what for)
+        "screens":               (1,          1,        2),  # real screens that are sampled from
+        "splits":                (2,          4,        1),
+        "graphs":                (2,          4,       10),  # held-out linear SCMs
+        "tasks":                 (2,          4,      100),  # test conditions of each split or graph, at most
+        "cells":                 (16,        50,      200),  # per population
+        "most_cells":            (48,       100,      400),  # Figure 5b: given, at most
+        "draws":                 (2,          4,       10),  # Figure 3: of cells
+        "snapshots":             (4,         12,      200),  # Figure 2: EMA models kept during pre-training
+        "snapshot_tasks":        (2,          8,       64),  # Figure 2: for each of them
+        "smoothing":             (0.5,      0.5,     0.95),  # Figure 2: alpha of the moving average
+        "ode_tasks":             (2,          2,        4),
+        "ode_reference":         (40,       100,      100),  # Dopri5 steps to compare with
+        "grns":                  (16,       100,      200),  # Figure 6: of the prior
+    },
+    "cpa": {                   # the published baselines: their own sizes at paper scale (see each file)
+        "width":                 (32,       128,      256),
+        "latent":                (8,         32,       64),
+        "adversary_width":       (16,        64,      128),
+        "embedding_gain":        (10.0,    10.0,      1.0),
+        "updates":               (50,      1500,    20000),
+        "batch":                 (32,       128,      512),
+        "learning_rate":         (2e-3,    2e-3,     1e-3),
+        "adversary_learning_rate": (2e-3,  2e-3,     1e-3),
+    },
+    "condot": {
+        "hidden":                (16,        64,       64),  # {64, 128, 256} (Table 7)
+        "updates":               (50,       500,   100000),
+        "batch":                 (32,        64,      256),
+        "learning_rate":         (1e-3,    1e-3,     1e-4),
+    },
+    "mfm": {
+        "neighbours":            (4,         10,       10),  # {0, 10, 50, 100} (Table 7)
+        "embedding":             (8,         32,       64),  # {64, 128, 256} (Table 7)
+        "width":                 (32,       128,      512),
+        "layers":                (2,          3,        7),
+        "features":              (8,         32,      128),
+        "updates":               (50,      1500,    50000),
+        "batch":                 (16,        32,      200),
+        "conditions":            (1,          4,        1),
+        "learning_rate":         (1e-3,    1e-3,     1e-4),
+    },
+    "cellflow": {
+        "embedding":             (16,        64,      256),
+        "width":                 (32,       128,     1024),
+        "layers":                (2,          2,        3),
+        "updates":               (50,       500,    10000),
+        "batch":                 (16,        32,      200),
+        "conditions":            (2,          8,       20),
+        "learning_rate":         (1e-3,    1e-3,     5e-5),
+    },
+    "state": {
+        "width":                 (16,        64,      256),
+        "depth":                 (1,          2,        4),
+        "heads":                 (2,          4,        4),
+        "sets":                  (2,          8,       16),
+        "updates":               (50,       800,    40000),
+        "batch":                 (16,        32,      200),
+        "learning_rate":         (1e-3,    1e-3,     1e-4),
     },
 }
 

@@ -84,6 +84,7 @@ SIMPLE = ("identity", "target-only", "context-mean", "additive", "target-gene", 
 TITLES = {
     "linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia (Papalexi et al., 2021)",
     "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)", "toy": "Toy screen: simulated GRNs, not cells",
+    "replicates": "Table 3, simple rows only: leukemia with its replicates as contexts",
 }
 
 
@@ -214,20 +215,21 @@ def gap_closed(table: list[dict]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------- writing
 
 
-def cell(entry: dict | None) -> str:
-    """`ours ± sd` and, where the paper has a number, `(paper ± sd)`."""
+def cell(entry: dict | None, paper: bool = True) -> str:
+    """`ours ± sd` and, where the paper has a number and it is wanted, `(paper ± sd)`."""
     if entry is None:
         return "–"
     digits = 1 if entry["mean"] >= 10 else 2 if entry["mean"] >= 1 else 3
-    ours = f"{entry['mean'] + 0.0:.{digits}f}".replace("-0.000", "0.000") + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
-    return ours + (f" (paper: {entry['paper'][0]:.2f} ± {entry['paper'][1]:.2f})" if entry["paper"] else "")
+    ours = f"{entry['mean'] + 0.0:.{digits}f}".replace("-0.000", "0.000")
+    ours += f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else ""
+    return ours + (f" (paper: {entry['paper'][0]:.2f} ± {entry['paper'][1]:.2f})" if paper and entry["paper"] else "")
 
 
-def markdown(table: list[dict]) -> list[str]:
+def markdown(table: list[dict], wanted: tuple[str, ...] = tuple(COLUMNS), paper: bool = True) -> list[str]:
     """The lines of one table; columns without any value are left out."""
-    shown = [m for m in COLUMNS if any(m in e["metrics"] for e in table)]
+    shown = [m for m in wanted if any(m in e["metrics"] for e in table)]
     lines = ["| | " + " | ".join(COLUMNS[m][0] for m in shown) + " |", "|---" * (1 + len(shown)) + "|"]
-    return lines + [f"| {e['title']} | " + " | ".join(cell(e["metrics"].get(m)) for m in shown) + " |" for e in table]
+    return lines + [f"| {e['title']} | " + " | ".join(cell(e["metrics"].get(m), paper) for m in shown) + " |" for e in table]
 
 
 def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
@@ -507,7 +509,7 @@ def main() -> None:
             if any(row in rows for row in list(ABLATIONS)[1:]):
                 lines += section(document, f"{experiment}-ablations", f"Table 4. Ablations, {heading.split('. ')[-1]}{tag}", rows,
                                  experiment, ABLATIONS)
-        elif experiment != "toy":
+        elif experiment not in ("toy", "replicates"):
             reason = why_missing(root, experiment)
             lines += [f"## {heading}{tag}", "", f"not run: {reason}", ""]
             document["tables"][experiment] = {"not_run": reason}

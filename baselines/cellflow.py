@@ -113,7 +113,7 @@ class Velocity(eqx.Module):
         return self.dropout(self.merge(parts), key=key, inference=key is None)
 
     def __call__(self, x: Float[Array, " D"], time: Float[Array, ""], condition: Float[Array, " E"]) -> Float[Array, " D"]:
-        time = self.time(time_features(time, self.time.in_size))
+        time = self.time(time_features(time / 10, self.time.in_size))
         return self.decoder(jnp.concatenate([self.cell(x), time, condition]))
 
 
@@ -173,6 +173,8 @@ class CellFlow:
 
     The one-hots of a treatment and of a biological context that were never trained on count as zero (`unseen`).
     """
+
+    conditions_on = ("treatment", "context")  # Table 1
 
     def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
         """Raises BadInput if there is nothing to fit to, or the loss is no longer finite."""

@@ -207,6 +207,8 @@ _transport = eqx.filter_jit(transport)  # compiled once per number of cells
 class CondOT:
     """Cells of any context moved by one map per treatment. Neither the context's index nor `rng` is used."""
 
+    conditions_on = ("treatment",)  # Table 1
+
     def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
         """Fit f and g to the training conditions; g is kept. Raises BadInput as `fitting` does."""
         self.options, self.log_expression = options, screen.log_expression

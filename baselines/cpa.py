@@ -1,11 +1,11 @@
 """CPA, the compositional perturbation autoencoder (Lotfollahi et al., 2023): an autoencoder whose latent is a sum.
 
-Paper: 5.2, C.1; conditions on the treatment and the context as a covariate, not on populations (Table 1). Reads and writes
-nothing. Each cell is encoded to a *basal* latent that should know neither its treatment nor its context; embeddings of both
-are added, and the sum is decoded back to that very cell: nothing pairs treated cells with controls. Two adversaries read
-treatment and context off the basal latent, and the encoder learns to defeat them. To predict, control cells are encoded and
-another treatment is added: a counterfactual. Departures, marked where they happen: D:cpa-updates, D:cpa-half-controls,
-D:cpa-weights, D:cpa-gain, D:unseen-zero.
+Paper: 5.2, C.1; conditions on the treatment and the context as a covariate, not on populations (Table 1). Reads and
+writes nothing. Each cell is encoded to a *basal* latent that should know neither its treatment nor its context;
+embeddings of both are added, and the sum is decoded back to that very cell: nothing pairs treated cells with controls.
+Two adversaries read treatment and context off the basal latent, and the encoder learns to defeat them. To predict,
+control cells are encoded and another treatment is added: a counterfactual. Departures, marked where they happen:
+D:cpa-updates, D:cpa-half-controls, D:cpa-weights, D:cpa-gain, D:unseen-zero.
 
     symbol      name here     shape    meaning
     x           cells         n D      a batch: half of it control cells, see `draw`
@@ -56,7 +56,7 @@ class Options:
     unseen: Literal["zero", "random"] = "zero"    # what a treatment never trained on adds, see `CPA.predict`
 
 
-# ------------------------------------------------------------------------------------------------------- the networks
+# --------------------------------------------------------------------------------------------------------- the networks
 
 
 class Autoencoder(eqx.Module):
@@ -73,8 +73,8 @@ class Autoencoder(eqx.Module):
         self.treatment = eqx.nn.MLP(genes, latent, width, 1, key=keys[1])
         self.context = eqx.nn.MLP(contexts, latent, width, 1, key=keys[2])
         self.decoder = eqx.nn.MLP(latent, 2 * genes, width, 2, key=keys[3])
-        # [D:cpa-gain] CPA: no gain; here, at smoke and laptop scale: 10. Embeddings start far smaller than the noise of the
-        # latent, which has variance 1 wherever the KL term wins, and a short training does not make them grow.
+        # [D:cpa-gain] CPA: no gain; here, at smoke and laptop scale: 10. Embeddings start far smaller than the noise of
+        # the latent, of variance 1 wherever the KL term wins, and a short training does not make them grow.
         self.treatment, self.context = (
             eqx.tree_at(lambda m: m.layers[0].weight, m, m.layers[0].weight * options.embedding_gain)
             for m in (self.treatment, self.context))
@@ -130,7 +130,8 @@ def draw(data: fitting.Cells, n: int, contexts: int, *, key: PRNGKeyArray) -> Ce
     return Cells(cells, treatments, jnp.tile(jax.nn.one_hot(one.context, contexts), (2, 1)))
 
 
-def sample_latent(mean: Float[Array, "n Z"], log_variance: Float[Array, "n Z"], *, key: PRNGKeyArray) -> Float[Array, "n Z"]:
+def sample_latent(mean: Float[Array, "n Z"], log_variance: Float[Array, "n Z"], *, key: PRNGKeyArray,
+                  ) -> Float[Array, "n Z"]:
     return mean + jnp.exp(log_variance / 2) * jr.normal(key, mean.shape)
 
 
@@ -138,8 +139,8 @@ def negative_elbo(network: Autoencoder, batch: Cells, w_kl: float, *, key: PRNGK
                   ) -> tuple[Float[Array, ""], Float[Array, "n Z"]]:
     """-log p(x|z) summed over genes plus w_kl KL(q(z|x) || N(0, I)), averaged over cells; and the basal latents.
 
-    [D:cpa-weights] PerturBench: weights found by a search whose outcome for these data is not published; here: both terms
-    are sums, so that weight 1 is the bound on the likelihood, and the others are 1 as well.
+    [D:cpa-weights] PerturBench: weights found by a search whose outcome for these data is not published; here: both
+    terms are sums, so that weight 1 is the bound on the likelihood, and the others are 1 as well.
     """
     latent = jax.vmap(network.encode)(batch.cells)  # n Z, n Z
     basal = sample_latent(*latent, key=key)
@@ -164,7 +165,7 @@ def gradient_penalty(adversaries: Adversaries, basal: Float[Array, "n Z"]) -> Fl
     return sum((g**2).mean() for g in gradients)
 
 
-# --------------------------------------------------------------------------------------------------- alternating updates
+# -------------------------------------------------------------------------------------------------- alternating updates
 
 
 class State(NamedTuple):
@@ -200,8 +201,8 @@ def network_update(options: Options, state: State, batch: Cells, w_adv: Float[Ar
 
 
 @eqx.filter_jit  # many small random draws, compiled at once
-def initial_state(genes: int, contexts: int, options: Options, key_network: PRNGKeyArray, key_adversaries: PRNGKeyArray) -> State:
-    models = (Autoencoder(genes, contexts, options, key=key_network), Adversaries(genes, contexts, options, key=key_adversaries))
+def initial_state(genes: int, contexts: int, options: Options, key: PRNGKeyArray) -> State:
+    models = [kind(genes, contexts, options, key=k) for kind, k in zip((Autoencoder, Adversaries), jr.split(key))]
     return State(*models, *(adam.init(eqx.filter(m, eqx.is_array)) for adam, m in zip(optimisers(options), models)))
 
 
@@ -230,7 +231,7 @@ def make_step(options: Options) -> fitting.Step:
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------ the method
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 @eqx.filter_jit
@@ -248,13 +249,15 @@ def counterfactual(network: Autoencoder, controls: Float[Array, "N D"], treatmen
 class CPA:
     """Fitted to the training conditions and to the control cells of all contexts."""
 
+    conditions_on = ("treatment", "context")  # Table 1
+
     def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
         """Raises BadInput if there is no training condition, or the loss does not stay finite."""
         self.options, self.log_expression, self.seen = options, screen.log_expression, fitting.seen_genes(screen)
         data = fitting.training_cells(screen, controls_too=True)
         self.known: Bool[np.ndarray, "C"] = np.isin(np.arange(len(screen.context_names)), data.context)
-        key_network, key_adversaries, key_fit = jr.split(jr.key(int(rng.integers(2**31))), 3)
-        state = initial_state(len(screen.genes), len(self.known), options, key_network, key_adversaries)
+        key_models, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
+        state = initial_state(len(screen.genes), len(self.known), options, key_models)
         self.parameters = fitting.count_parameters(state[:2])
         self.network = fitting.fit("CPA", make_step(options), state, data, options.updates, key=key_fit).network
 

@@ -29,7 +29,7 @@ from scales import BadInput
 
 
 class Cells(NamedTuple):
-    """The training conditions of a screen, on the device. Cells of other conditions are not in here."""
+    """The training conditions of a screen, on the device. Cells of other conditions are NaN."""
     cells: Float[Array, "rows D"]
     start: Int[Array, "R"]            # first row of the treated cells
     count: Int[Array, "R"]            # number of them
@@ -58,15 +58,14 @@ def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
     if not treatments.any():
         raise BadInput("no training condition, of a context that has control cells: nothing to fit a baseline to; "
                        "lower --min-cells, or use another split")
-    of = lambda table, t: table[contexts, t]
-    ranges = [of(screen.start, treatments), of(screen.count, treatments), of(screen.start, CONTROL), of(screen.count, CONTROL)]
+    of = lambda table, t: jnp.asarray(table[contexts, t])
     rows = np.zeros(len(screen.cells), bool)
-    for start, count in zip(np.concatenate(ranges[::2]), np.concatenate(ranges[1::2])):
-        rows[start : start + count] = True
-    moved = np.cumsum(rows) - 1  # where a row is once the others are gone
-    start, count, control_start, control_count = ranges
-    return Cells(*map(jnp.asarray, (screen.cells[rows], moved[start], count, moved[control_start], control_count,
-                                    screen.treatments[contexts, treatments], contexts)))
+    for c, t in {*zip(contexts, treatments), *((c, CONTROL) for c in contexts)}:
+        rows[screen.start[c, t] :][: screen.count[c, t]] = True
+    # NaN, so that a look at another condition would show; not left out, so that all splits have one shape and compile once.
+    cells = jnp.asarray(np.where(rows[:, None], screen.cells, np.nan))
+    return Cells(cells, of(screen.start, treatments), of(screen.count, treatments), of(screen.start, CONTROL),
+                 of(screen.count, CONTROL), of(screen.treatments, treatments), jnp.asarray(contexts))
 
 
 def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
@@ -111,7 +110,7 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key:
     Prints updates, loss and seconds. Raises BadInput if the loss is no longer finite.
     """
     began, losses = time.perf_counter(), np.full(1, np.nan)
-    for first in tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False):
+    for first in tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2):
         state, losses = _chunk(step)(state, data, key, jnp.asarray(first))
         if not np.isfinite(losses := np.asarray(losses)).all():
             raise BadInput(f"{name}: the loss is no longer finite after {first + CHUNK} updates; lower its learning rate")

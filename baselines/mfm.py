@@ -107,7 +107,7 @@ class Flow(eqx.Module):
     def __call__(self, x: Float[Array, " D"], time: Float[Array, ""], embedding: Float[Array, " E"],
                  treatment: Float[Array, " D"]) -> Float[Array, " D"]:
         angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x          # F: small angles, a smooth function of x
-        h = jnp.concatenate([embedding, time_features(time, len(angle)), jnp.cos(angle), jnp.sin(angle), x, treatment])
+        h = jnp.concatenate([embedding, time_features(time / 10, len(angle)), jnp.cos(angle), jnp.sin(angle), x, treatment])
         h = jax.nn.selu(self.first(h))                                             # W
         h, _ = jax.lax.scan(lambda h, layer: (h + jax.nn.selu(layer(h)), None), h, self.hidden)
         return self.last(h)
@@ -171,6 +171,8 @@ class MFM:
     The one-hot of a treatment that was never trained on counts as zero (`unseen`). A population of fewer than K + 1 cells is a
     complete graph. The number of the biological context is not used.
     """
+
+    conditions_on = ("treatment", "controls")  # Table 1
 
     def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
         """Raises BadInput if there is nothing to fit to, or the loss is no longer finite."""

@@ -1,11 +1,11 @@
-"""STATE's state-transition model (Adduri et al., 2025): a transformer over a set of control cells, trained on populations.
+"""STATE's state-transition model (Adduri et al., 2025): a transformer over a set of control cells.
 
 Paper: 5.2, C.1; conditions on the treatment and on the control population, which it sees through attention between its
-cells (Table 1); the context is nothing else. Reads and writes nothing. A set of random control cells of one context goes in,
-each with the treatment's embedding added; as many cells come out, and the loss is the energy distance between them and
-random treated cells of that context. No cell has a partner and none knows its position. As in the paper, on expression
-values (C.1), without the embedding model for whole transcriptomes. Departures, marked where they happen: D:state-sizes,
-D:state-rectifier, D:state-sets, D:unseen-zero.
+cells (Table 1); the context is nothing else. Reads and writes nothing. A set of random control cells of one context
+goes in, each with the treatment's embedding added; as many cells come out, and the loss is the energy distance between
+them and random treated cells of that context. No cell has a partner and none knows its position. As in the paper, on
+expression values (C.1), without the embedding model for whole transcriptomes. Departures, marked where they happen:
+D:state-sizes, D:state-rectifier, D:state-sets, D:unseen-zero.
 
     symbol     name here      shape     meaning
     x          controls       S D       set of control cells
@@ -36,7 +36,7 @@ from data import Screen
 class Options:
     """Hyperparameters of STATE.
 
-    [D:state-sizes] paper: "the published reference configurations", not stated; here: sizes close to MapPFN's own (A.1).
+    [D:state-sizes] paper: "published reference configurations", not stated; here: sizes close to MapPFN's own (A.1).
     """
     width: int = 256                        # E of every layer [D:state-sizes]
     depth: int = 4                          # blocks [D:state-sizes]
@@ -46,10 +46,11 @@ class Options:
     batch: int = 200                        # cells S of a set: as many as are compared (B.3)
     learning_rate: float = 1e-4             # Adam (reference configuration)
     clip: float = 10.0                      # largest global gradient norm (reference configuration)
+    start_at_mean: bool = True              # of the training cells; False: start near zero [D:state-rectifier]
     unseen: Literal["zero", "random"] = "zero"    # what a treatment never trained on adds, see `State.predict`
 
 
-# --------------------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 class Block(eqx.Module):
@@ -111,14 +112,14 @@ class SetTransformer(eqx.Module):
         return jax.nn.relu(cells) if self.log_expression else cells  # SCM values may be negative
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------------------------------------------------------- the loss
 
 
 def mean_distance(x: Float[Array, "n D"], y: Float[Array, "m D"]) -> Float[Array, ""]:
     """Mean Euclidean distance over all pairs, a cell with itself included."""
     squared = ((x[:, None] - y[None]) ** 2).sum(-1)
-    # The root's gradient at 0 is infinite, and times 0 it is NaN: zeros must not reach the root, not even in a branch of
-    # `where` that is then discarded.
+    # The root's gradient at 0 is infinite, and times 0 it is NaN: zeros must not reach the root, not even in a branch
+    # of `where` that is then discarded.
     apart = squared > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0).mean()
 
@@ -137,8 +138,15 @@ def optimiser(options: Options) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit  # many small random draws, compiled at once
-def initial_state(genes: int, log_expression: bool, options: Options, key: PRNGKeyArray):
-    network = SetTransformer(genes, log_expression, options, key=key)
+def initial_state(level: Float[Array, "D"], log_expression: bool, options: Options, key: PRNGKeyArray):
+    """Network and optimiser before the first update; `level` is the mean of the training cells.
+
+    [D:state-rectifier] STATE: outputs start around zero, so that about every second gene is cut off by the ReLU for all
+    cells, and without a gradient may stay so; here: they start around the mean of the training cells.
+    """
+    network = SetTransformer(len(level), log_expression, options, key=key)
+    if options.start_at_mean:
+        network = eqx.tree_at(lambda n: n.project.layers[-1].bias, network, level)
     return network, optimiser(options).init(eqx.filter(network, eqx.is_array))
 
 
@@ -158,11 +166,12 @@ def make_step(options: Options) -> fitting.Step:
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------ the method
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 @eqx.filter_jit
-def transition(network: SetTransformer, controls: Float[Array, "B S D"], treatment: Float[Array, "D"]) -> Float[Array, "B S D"]:
+def transition(network: SetTransformer, controls: Float[Array, "B S D"], treatment: Float[Array, "D"],
+               ) -> Float[Array, "B S D"]:
     """Several sets under the same treatment."""
     return jax.vmap(network, (0, None))(controls, treatment)
 
@@ -170,12 +179,14 @@ def transition(network: SetTransformer, controls: Float[Array, "B S D"], treatme
 class State:
     """Fitted to the training conditions and to the control cells of all contexts."""
 
+    conditions_on = ("treatment", "controls")  # Table 1
+
     def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
         """Raises BadInput if there is no training condition, or the loss does not stay finite."""
         self.options, self.log_expression, self.seen = options, screen.log_expression, fitting.seen_genes(screen)
         data = fitting.training_cells(screen, controls_too=True)
         key_network, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
-        state = initial_state(len(screen.genes), screen.log_expression, options, key_network)
+        state = initial_state(jnp.nanmean(data.cells, axis=0), screen.log_expression, options, key_network)
         self.parameters = fitting.count_parameters(state[0])
         self.network, _ = fitting.fit("STATE", make_step(options), state, data, options.updates, key=key_fit)
 
@@ -185,7 +196,8 @@ class State:
 
         [D:state-sets] paper: silent; here: N cells are shared out to sets of the size that was trained on, the last one
         filled up with some of the N again (so one cell alone is a set of copies of it), because the network's answer
-        depends on how many cells it sees. A gene never treated in training predicts control cells, unless unseen = "random".
+        depends on how many cells it sees. A gene never treated in training predicts control cells, unless unseen =
+        "random".
         """
         if self.options.unseen == "zero":  # [D:unseen-zero] released code: its column is as initialised, which is noise
             treatment = treatment * self.seen

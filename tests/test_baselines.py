@@ -224,6 +224,23 @@ def test_no_training_condition_is_bad_input():
         predict("additive", dataclasses.replace(screen, split=split), tasks)
 
 
+@pytest.mark.parametrize("row", ["cpa", "condot", "mfm", "cellflow", "state"])
+def test_trained_rows_take_what_table_1_says(row):
+    """Another treatment changes the prediction of a cell; another number of the context, or other cells beside it, do exactly
+    if the class says so."""
+    screen = make_screen(shifts_by_treatment())
+    baseline = baselines.make(row, "smoke", screen, np.random.default_rng(0))
+    controls = tasks_of(screen).identity[0][:16]
+    hot = lambda gene: np.eye(GENES, dtype=np.float32)[gene] * np.float32(0.8)
+    predict = lambda controls, context, gene: baseline.predict(controls, context, hot(gene), np.random.default_rng(0))[0]
+    same = predict(controls, 0, 1)
+    differs = lambda other: not np.allclose(other, same, atol=1e-4)
+    others = np.concatenate([controls[:1], controls[1:] * 1.5])
+    assert differs(predict(controls, 0, 3))
+    assert differs(predict(controls, 1, 1)) == ("context" in baseline.conditions_on)
+    assert differs(predict(others, 0, 1)) == ("controls" in baseline.conditions_on)
+
+
 # ------------------------------------------------------------------------------------------------------------ the stage
 
 

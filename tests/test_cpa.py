@@ -1,4 +1,4 @@
-"""Claims about baselines/cpa.py: shifts are recovered, the two losses train what they should, labels enter additively."""
+"""Claims about baselines/cpa.py: shifts are recovered, each loss trains its own side, labels enter additively."""
 
 import dataclasses
 
@@ -16,12 +16,13 @@ from data import ABSENT, TEST, TRAIN, Screen
 
 GENES, CONTEXTS, TREATMENTS, POOL = 5, 3, 5, 60
 LEVELS = (0.0, 2.0, 1.0)  # of the contexts: the last one, with the test conditions, lies between the others
-OPTIONS = cpa.Options(width=32, latent=4, adversary_width=16, updates=800, batch=64, learning_rate=5e-3, embedding_gain=10.0)
+OPTIONS = cpa.Options(width=32, latent=4, adversary_width=16, updates=800, batch=64, learning_rate=5e-3,
+                      embedding_gain=10.0)
 
 
 def make_screen(seed=0, log_expression=False, value=0.8) -> Screen:
-    """Cells N(its level + shift of t, 1/4) of context c, treatment t of gene t-1, never of the last gene; the last context
-    has treatments 1 and 2 as TEST, and of treatment 4 nothing."""
+    """Cells N(its level + shift of t, 1/4) of context c, treatment t of gene t-1, never of the last gene; the last
+    context has treatments 1 and 2 as TEST, and of treatment 4 nothing."""
     rng = np.random.default_rng(seed)
     cells = rng.normal(0, 0.5, (CONTEXTS, TREATMENTS, POOL, GENES)) + shifts()[:, None]
     cells += np.array(LEVELS)[:, None, None, None] + (4 if log_expression else 0)
@@ -33,7 +34,8 @@ def make_screen(seed=0, log_expression=False, value=0.8) -> Screen:
     return Screen(cells=cells.reshape(-1, GENES).astype(np.float32),
                   start=POOL * np.arange(CONTEXTS * TREATMENTS).reshape(CONTEXTS, TREATMENTS), count=count,
                   treatments=hot.astype(np.float32), split=split, genes=names("g", GENES),
-                  context_names=names("c", CONTEXTS), treatment_names=names("t", TREATMENTS), log_expression=log_expression)
+                  context_names=names("c", CONTEXTS), treatment_names=names("t", TREATMENTS),
+                  log_expression=log_expression)
 
 
 def shifts() -> np.ndarray:
@@ -72,7 +74,7 @@ def batch(screen):
 
 @pytest.fixture(scope="module")
 def state():
-    return cpa.initial_state(GENES, CONTEXTS, OPTIONS, jr.key(0), jr.key(1))
+    return cpa.initial_state(GENES, CONTEXTS, OPTIONS, jr.key(0))
 
 
 def same(a, b) -> bool:
@@ -87,7 +89,7 @@ def with_options(model, **changed):
     return other
 
 
-# --------------------------------------------------------------------------------------------------- what it predicts
+# ----------------------------------------------------------------------------------------------------- what it predicts
 
 
 def test_shifts_are_recovered(model, screen):
@@ -101,10 +103,12 @@ def test_shifts_are_recovered(model, screen):
     assert metrics.pds(np.stack([of(screen, 2, t) for t in tests]), cells) == 0
 
 
-def test_a_sample_has_the_spread_of_cells_and_the_mean_has_not(model, screen):
-    """decode = "sample" has the true variance within a third, "mean" clearly less, with nearly the same mean."""
-    mean, sample = (predict(with_options(model, decode=d), screen, 1) for d in ("mean", "sample"))
-    truth = of(screen, 2, 1).var(0).mean()
+@pytest.mark.parametrize("treatment", [0, 3])
+def test_a_sample_has_the_spread_of_cells_and_the_mean_has_not(model, screen, treatment):
+    """In training conditions decode = "sample" has the true variance within a third, "mean" clearly less, and both
+    nearly the same mean. (Of unseen combinations nothing is claimed: there the variance is a guess, often too wide.)"""
+    mean, sample = (predict(with_options(model, decode=d), screen, treatment) for d in ("mean", "sample"))
+    truth = of(screen, 2, treatment).var(0).mean()
     assert sample.var(0).mean() == pytest.approx(truth, rel=0.33)
     assert mean.var(0).mean() < 0.8 * truth
     np.testing.assert_allclose(mean.mean(0), sample.mean(0), atol=0.3)
@@ -119,14 +123,14 @@ def test_mean_ignores_the_generator_and_sample_does_not(model, screen):
 
 
 def test_unseen_treatments(model, screen):
-    """A gene that was never treated in training predicts no effect, or with "random" what its column happens to hold."""
+    """A gene never treated in training predicts no effect, or with "random" what its column happens to hold."""
     unseen = np.eye(GENES, dtype=np.float32)[-1]
     assert np.array_equal(predict(model, screen, unseen), predict(model, screen, 0))
     assert not np.allclose(predict(with_options(model, unseen="random"), screen, unseen), predict(model, screen, 0))
 
 
 def test_labels_enter_additively(model, screen):
-    """Decoding under (t, c) equals decoding the basal latent plus P(t) plus C(c) under no label: two routes to a cell."""
+    """Decoding under (t, c) equals decoding the basal latent plus P(t) plus C(c) under no label: two routes."""
     network, t, c = model.network, jnp.eye(GENES)[1] * 0.8, jnp.eye(CONTEXTS)[2]
     basal, _ = network.encode(jnp.asarray(of(screen, 2, 0)[0]))
     moved = basal + network.treatment(t) - network.treatment(jnp.zeros(GENES)) + network.context(c)
@@ -146,11 +150,11 @@ def test_an_unknown_context_adds_nothing(model, screen):
     assert not np.allclose(predict(model, screen, 1), mean, atol=0.1)
 
 
-# --------------------------------------------------------------------------------------------------- what it is fitted to
+# ------------------------------------------------------------------------------------------------- what it is fitted to
 
 
 def test_reproduces_and_never_looks_at_test_cells(model, screen):
-    """The same seed gives the same cells bit for bit, whatever the cells of test conditions are; another seed does not."""
+    """The same seed gives the same cells bit for bit, whatever test conditions hold; another seed does not."""
     cells = screen.cells.copy()
     for c, t in np.argwhere(screen.split == TEST):
         cells[screen.start[c, t] :][:POOL] = np.nan
@@ -162,7 +166,7 @@ def test_reproduces_and_never_looks_at_test_cells(model, screen):
 
 
 def test_a_batch_is_half_controls_with_labels(batch):
-    """Half of a batch are controls; each cell has its own labels: without its treatment's shift it is around its context."""
+    """Half of a batch are controls, and labels are the cells' own: less its shift, a cell is around its context."""
     assert np.any(batch.treatments[:16]) and not np.any(batch.treatments[16:])
     t = np.where(np.any(batch.treatments, axis=1), 1 + np.argmax(batch.treatments, axis=1), 0)
     found = (np.asarray(batch.cells) - shifts()[t]).mean(1)
@@ -170,7 +174,7 @@ def test_a_batch_is_half_controls_with_labels(batch):
 
 
 def test_awkward_screens():
-    """One context, one control cell, a constant gene, log-expression: finite cells, not below zero, for one cell too."""
+    """One context, one control cell, a constant gene, log-expression: cells are finite and not below zero."""
     wide = make_screen(log_expression=True, value=1)
     cells = np.maximum(wide.cells, 0)
     cells[:, 3] = 0
@@ -178,7 +182,8 @@ def test_awkward_screens():
     count[0, 0] = 1
     screen = Screen(cells, start, count, wide.treatments[:1], wide.split[:1], wide.genes, wide.context_names[:1],
                     wide.treatment_names, True)
-    model = cpa.CPA(screen, np.random.default_rng(0), dataclasses.replace(OPTIONS, updates=50, adv_steps=1, decode="sample"))
+    options = dataclasses.replace(OPTIONS, updates=50, adv_steps=1, decode="sample")
+    model = cpa.CPA(screen, np.random.default_rng(0), options)
     for n in (1, 7):
         found = predict(model, screen, 1, context=0, controls=cells[:1].repeat(n, 0))
         assert found.shape == (n, GENES) and found.dtype == np.float32
@@ -186,7 +191,7 @@ def test_awkward_screens():
     assert (found[:, 3] == 0).any()  # clipping did something
 
 
-# ------------------------------------------------------------------------------------------------------------ the losses
+# ----------------------------------------------------------------------------------------------------------- the losses
 
 
 def test_each_update_leaves_the_other_side_alone(state, batch):
@@ -220,12 +225,12 @@ def test_the_two_sides_pull_in_opposite_directions(state, batch):
 
 
 def test_warm_up_is_without_adversaries(screen, state):
-    """In the first tenth of the updates the adversarial weight changes nothing, after it it does."""
-    data, loss = fitting.training_cells(screen, controls_too=True), {}
-    for w in (0.0, 3.0):
-        run = eqx.filter_jit(cpa.make_step(dataclasses.replace(OPTIONS, w_adv=w, adv_steps=1)))
-        loss[w] = [float(run(state, data, jnp.asarray(i), jr.key(2))[1]) for i in (0, 79, 80)]
-    assert loss[0.0][:2] == loss[3.0][:2] and loss[3.0][2] < loss[0.0][2] - 1
+    """The weight of the adversaries is 0 in the first tenth of the 800 updates, then at once what the options say."""
+    data = fitting.training_cells(screen, controls_too=True)
+    step = eqx.filter_jit(cpa.make_step(dataclasses.replace(OPTIONS, w_adv=3.0, adv_steps=1)))
+    first, last, after = (float(step(state, data, jnp.asarray(i), jr.key(2))[1]) for i in (0, 79, 80))
+    chance = np.log(GENES + 1) + np.log(CONTEXTS)  # about the entropies of adversaries that have learnt nothing
+    assert first == last and first - after == pytest.approx(3 * chance, rel=0.2)
 
 
 def test_the_bound_by_another_route(state, batch):

@@ -1,5 +1,6 @@
 """Claims about figures.py: comparisons are paired, numbers are right by hand, and what is missing says so."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ MODEL = object.__new__(MapPFN)  # never called: `truthful` takes its place
 def s(tmp_path) -> Settings:
     """Sizes at which nothing takes long."""
     return Settings(scale="smoke", out=tmp_path, steps=2, screens=1, splits=1, resamplings=1, graphs=2, tasks=2,
-                    cells=8, most_cells=16, snapshot_tasks=3, draws=2, ode_tasks=2, ode_reference=20, grns=2, subsets=6)
+                    cells=8, most_cells=16, snapshot_tasks=3, draws=2, ode_tasks=2, ode_reference=40, grns=2, subsets=6)
 
 
 @pytest.fixture
@@ -189,13 +190,12 @@ def test_chosen_guidance_is_used(s, truthful, leukemia):
 
 def test_augmentation_is_paired(s, truthful, leukemia):
     """The single passes are the first of the augmented ones, with the same noise; the truth finds all genes."""
-    data = figures.compute_tta(s)["screens"]["leukemia"]
+    data = figures.compute_tta(dataclasses.replace(s, cells=20))["screens"]["leukemia"]
     assert data["genes"] == [6, 12] and len(data["values"]) == s.draws
     for few, many in zip(truthful[::2], truthful[1::2]):
         assert (few.key == many.key).all() and len(few.tasks.query) == 3 and len(many.tasks.query) == s.subsets
         np.testing.assert_array_equal(few.tasks.target, many.tasks.target[:3])
-    assert all(unit["single"] == pytest.approx(1) for unit in data["values"])
-    assert all(unit["random"] < unit["single"] for unit in data["values"])
+    assert all(unit["single"] > 0.9 > 0.5 > unit["random"] for unit in data["values"])
 
 
 def test_all_snapshots_see_the_same_tasks(s, truthful, leukemia, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_solver_that_ignores_the_steps_has_no_error(s, truthful, monkeypatch):
     monkeypatch.setattr(figures, "load_grn_screen", lambda folder, held_out: made_screen())
     data = figures.compute_ode(s)
     assert not np.any([errors["largest"] for errors in data["curves"].values()])
-    assert [call.steps for call in truthful[:5]] == [20, 5, 10, 20, 50]
+    assert [call.steps for call in truthful[:4]] == [40, 5, 10, 20] and data["steps"] == [5, 10, 20]  # 50 is finer
     assert len({str(call.key) for call in truthful}) == 1
 
 

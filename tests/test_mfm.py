@@ -17,7 +17,6 @@ from data import TEST, TRAIN, Screen, evaluation_tasks
 GENES, POOL, CELLS, CONTEXTS, UNSEEN = 6, 60, 30, 3, 6  # treatment UNSEEN is trained on nowhere
 SMALL = mfm.Options(neighbours=3, embedding=8, width=32, layers=3, features=8, updates=400, batch=16, conditions=4,
                     learning_rate=5e-3)
-FEW = dataclasses.replace(SMALL, updates=50)
 
 
 def make_screen(shifts=None) -> Screen:
@@ -38,7 +37,7 @@ def make_screen(shifts=None) -> Screen:
                   log_expression=False)
 
 
-def fit(screen, options=FEW, seed=0):
+def fit(screen, options=SMALL, seed=0):
     return mfm.MFM(screen, np.random.default_rng(seed), options)
 
 
@@ -57,23 +56,25 @@ def predict(method, cells, treatment, context=0):
 @pytest.fixture(scope="module")
 def fitted():
     screen = make_screen()
-    return screen, fit(screen, SMALL)
+    return screen, fit(screen)
 
 
 # ------------------------------------------------------------------------------------------------------------ what it learns
 
 
 def test_shifts_are_recovered_in_a_held_out_context(fitted):
-    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, MR 1, the mean within 0.5 of 4.9."""
+    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, the mean within 0.5, moved as far as the truth."""
     screen, method = fitted
     tasks = evaluation_tasks(np.random.default_rng(1), screen, CELLS, 2)
     known = [i for i, query in enumerate(tasks.query) if not np.array_equal(query, one_hot(UNSEEN))]
-    cells = np.array([method.predict(tasks.identity[i], int(tasks.context_index[i]), tasks.query[i], None) for i in known])
+    cells = np.array([method.predict(tasks.identity[i], int(tasks.context_index[i]), tasks.query[i],
+                                     np.random.default_rng(0)) for i in known])
     assert len(known) == 2 and cells.dtype == np.float32
     assert metrics.pds(tasks.target[known], cells) == 0
     for i, predicted in zip(known, cells):
         assert metrics.rmse(predicted, tasks.target[i]) < 0.5 < 1 < metrics.rmse(tasks.identity[i], tasks.target[i])
-        assert metrics.magnitude_ratio(tasks.identity[i], tasks.target[i], predicted) == pytest.approx(1, abs=0.25)
+        moved, effect = (x.mean(0) - tasks.identity[i].mean(0) for x in (predicted, tasks.target[i]))
+        assert np.linalg.norm(moved) / np.linalg.norm(effect) == pytest.approx(1, abs=0.15)
 
 
 def test_the_population_decides():
@@ -81,7 +82,7 @@ def test_the_population_decides():
     sign = np.array([1, -1, 1])[:, None, None]
     shifts = sign * np.broadcast_to(2.0 * (np.arange(GENES + 1) > 0)[:, None], (CONTEXTS, GENES + 1, GENES))
     screen = make_screen(shifts)
-    method = fit(screen, SMALL)
+    method = fit(screen)
     for context, way in enumerate((1, -1)):
         cells = controls(screen, context)
         moved = (predict(method, cells, 1, context) - cells).mean()
@@ -144,7 +145,7 @@ def test_a_dead_embedding_is_finite():
 
 def test_one_network_at_a_time():
     """A step is Adam's on the flow with the encoder as it was, then Adam's on the encoder with the new flow; by hand."""
-    screen, options = make_screen(), dataclasses.replace(FEW, learning_rate=0.02)
+    screen, options = make_screen(), dataclasses.replace(SMALL, learning_rate=0.02)
     data, key, adam = fitting.training_cells(screen), jr.key(3), optax.adam(options.learning_rate)
     encoder, flow = mfm.Encoder(GENES, 8, 3, key=jr.key(0)), mfm.Flow(GENES, options, key=jr.key(1))
     states = [adam.init(eqx.filter(m, eqx.is_inexact_array)) for m in (encoder, flow)]
@@ -190,12 +191,12 @@ def test_unseen_treatment(fitted):
     """A treatment never trained on counts as no treatment, or as its initial column with `random`: finite both ways."""
     screen, method = fitted
     cells = controls(screen)
-    nothing = method.predict(cells, 0, np.zeros(GENES, np.float32), None)
+    nothing = method.predict(cells, 0, np.zeros(GENES, np.float32), np.random.default_rng(0))
     assert np.isfinite(nothing).all() and np.array_equal(predict(method, cells, UNSEEN), nothing)
-    released = fit(screen, dataclasses.replace(FEW, unseen="random"))
+    released = fit(screen, dataclasses.replace(SMALL, unseen="random", updates=0))
     moved = predict(released, cells, UNSEEN)
     assert np.isfinite(moved).all()
-    assert not np.allclose(moved, released.predict(cells, 0, np.zeros(GENES, np.float32), None))
+    assert not np.allclose(moved, released.predict(cells, 0, np.zeros(GENES, np.float32), np.random.default_rng(0)))
 
 
 def test_number_of_the_context_is_ignored(fitted):
@@ -217,8 +218,9 @@ def test_fewer_cells_than_neighbours(fitted, cells):
 def test_constant_gene_single_control_cell_and_expression():
     """A constant gene and a context with one control cell can be fitted to; log-expression is never negative."""
     screen = make_screen()
-    cells, count = screen.cells.copy() - 3, screen.count.copy()
+    cells, start, count = screen.cells.copy() - 3, screen.start.copy(), screen.count.copy()
     cells[:, 0], count[0, 0] = 0, 1
-    screen = dataclasses.replace(screen, cells=cells, count=count, log_expression=True)
+    start[0, 1], count[0, 1] = 1, 2 * POOL - 1  # the other controls' rows: as many rows as before, so nothing recompiles
+    screen = dataclasses.replace(screen, cells=cells, start=start, count=count, log_expression=True)
     predicted = predict(fit(screen), controls(screen, 1), 1)
     assert np.isfinite(predicted).all() and predicted.min() == 0 < predicted.max()

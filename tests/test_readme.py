@@ -1,6 +1,7 @@
 """Claims about README.md: what it points to exists, and its commands have the scripts, words and flags that it says."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
-POINTERS = sorted(set(re.findall(r"`((?:tests/)?\w+\.py):([\w.]+)(?:\(\))?`", TEXT)))
+POINTERS = sorted(set(re.findall(r"`((?:tests/|baselines/)?\w+\.py):([\w.]+)(?:\(\))?`", TEXT)))
 COMMANDS = sorted(set(re.findall(r"(?m)^[ \t$>]*((?:\w+=\S+ +)*python3? +[\w/]+\.py\b[^\n`#]*)", TEXT)
                       + re.findall(r"`(python3? +[\w/]+\.py\b[^\n`]*)`", TEXT)))
 
@@ -69,3 +70,39 @@ def test_command_fits_its_script(command):
 def test_link_leads_somewhere(path):
     """Every relative link is a file of the repository."""
     assert (ROOT / path).exists(), f"{path} does not exist"
+
+
+# ------------------------------------------------------------------------------------------- the results, and where they are from
+
+REPORT = ROOT / "results" / "laptop" / "report.json"
+TABLES = re.findall(r"<!-- report\.json (\S+): ([\w ]+) -->\n\n((?:\|.*\n)+)", TEXT)
+
+
+def test_tables_are_the_report_s():
+    """Each table of results in the README is what tables.py makes of the committed report.json, cell by cell."""
+    import tables
+
+    document = json.loads(REPORT.read_text(encoding="utf-8"))
+    assert len(TABLES) >= 2
+    for name, metrics, text in TABLES:
+        lines = text.strip().splitlines()
+        titles = [line.split("|")[1].strip() for line in lines[2:]]
+        rows = [row for row in document["tables"][name]["rows"] if row["title"] in titles]
+        assert lines == tables.markdown(rows, tuple(metrics.split()), paper=False)
+
+
+def test_numbers_in_the_prose_are_the_report_s():
+    """Every number between the tables of the results is in the committed report too; nothing is told that is not in it."""
+    section = TEXT.split("## Results at laptop scale")[1].split("\n## ")[0]
+    prose = re.sub(r"<!--.*?-->|(?m:^\|.*$)|\]\(.*?\)", " ", section)
+    report = (ROOT / "results" / "laptop" / "report.md").read_text(encoding="utf-8")
+    numbers = set(re.findall(r"\d[\d.,]*\d%?|\d%?", prose))
+    assert numbers and not {n for n in numbers if n not in report}
+
+
+def test_every_test_that_is_named_exists():
+    """`test_x.py::test_y` is a test of tests/test_x.py."""
+    named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", TEXT))
+    assert len(named) > 5
+    for file, name in named:
+        assert name in names_in(ROOT / "tests" / file), f"{file} has no {name}"

@@ -1,4 +1,4 @@
-"""Claims about baselines/state.py: shifts are recovered, cells see each other but not their order, the loss is a distance."""
+"""Claims about baselines/state.py: shifts are recovered, cells see each other, their order says nothing."""
 
 import dataclasses
 
@@ -19,10 +19,12 @@ GENES, CONTEXTS, TREATMENTS, POOL = 5, 3, 5, 60
 LEVELS = (0.0, 2.0, 1.0)  # of the contexts: the last one, with the test conditions, lies between the others
 OPTIONS = state.Options(width=32, depth=1, heads=2, sets=8, batch=20, updates=500, learning_rate=3e-3)
 
+LEVEL = jnp.zeros(GENES)  # where an untrained network starts
+
 
 def make_screen(log_expression=False, value=0.8, level=0) -> Screen:
-    """Cells N(level + its own + shift of t, 1/4) of context c, treatment t of gene t-1, never of the last gene; in the last
-    context treatments 1 and 2 are TEST."""
+    """Cells N(level + its own + shift of t, 1/4) of context c, treatment t of gene t-1, never of the last gene; in the
+    last context treatments 1 and 2 are TEST."""
     rng = np.random.default_rng(0)
     cells = rng.normal(0, 0.5, (CONTEXTS, TREATMENTS, POOL, GENES)) + shifts()[:, None] + level
     cells += np.array(LEVELS)[:, None, None, None]
@@ -67,7 +69,7 @@ def model(screen):
 
 @pytest.fixture(scope="module")
 def network():
-    return state.initial_state(GENES, False, OPTIONS, jr.key(0))[0]
+    return state.initial_state(LEVEL, False, OPTIONS, jr.key(0))[0]
 
 
 def with_options(model, **changed):
@@ -81,7 +83,7 @@ def cells_of(seed, n=20, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng(seed).normal(size=(n, GENES)), jnp.float32)
 
 
-# --------------------------------------------------------------------------------------------------- what it predicts
+# ----------------------------------------------------------------------------------------------------- what it predicts
 
 
 def test_shifts_are_recovered(model, screen):
@@ -99,7 +101,7 @@ def test_shifts_are_recovered(model, screen):
 
 
 def test_unseen_treatments(model, screen):
-    """A gene that was never treated in training predicts control cells, or with "random" what its column happens to hold."""
+    """A gene never treated in training predicts control cells, or with "random" what its column happens to hold."""
     unseen = np.eye(GENES, dtype=np.float32)[-1]
     assert np.array_equal(predict(model, screen, unseen), predict(model, screen, 0))
     assert not np.allclose(predict(with_options(model, unseen="random"), screen, unseen), predict(model, screen, 0))
@@ -110,11 +112,12 @@ def test_the_context_is_in_the_cells(model, screen):
     controls = of(screen, 2, 0)
     assert np.array_equal(predict(model, screen, 1, context=99), predict(model, screen, 1))
     elsewhere = predict(model, screen, 1, controls=of(screen, 0, 0))
-    assert (predict(model, screen, 1, controls=controls).mean(0) - elsewhere.mean(0) > 0.4).all()  # the contexts are 1 apart
+    moved = predict(model, screen, 1, controls=controls).mean(0) - elsewhere.mean(0)
+    assert (moved > 0.4).all()  # the contexts are 1 apart
 
 
 def test_sets_have_the_size_of_training(model, screen):
-    """Cells are answered in sets of the trained size: two sets at once as one by one, a lone cell as copies of itself."""
+    """Cells are answered in sets of the trained size: two at once as one by one, a lone cell as copies of itself."""
     controls = of(screen, 2, 0)[:40]
     both = predict(model, screen, 1, controls=controls)
     parts = [predict(model, screen, 1, controls=part) for part in (controls[:20], controls[20:])]
@@ -125,7 +128,7 @@ def test_sets_have_the_size_of_training(model, screen):
     assert predict(model, screen, 1, controls=controls[:23]).shape == (23, GENES)
 
 
-# --------------------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 def test_permuted_cells_permute_the_outputs(network):
@@ -135,7 +138,7 @@ def test_permuted_cells_permute_the_outputs(network):
 
 
 def test_every_cell_sees_every_other(network):
-    """Another last cell changes the first one's answer, and another first cell the last one's: attention has no mask."""
+    """Another last cell changes the first one's answer, another first cell the last one's: there is no mask."""
     x, t = cells_of(0), jnp.eye(GENES)[1]
     for changed, seen in ((-1, 0), (0, -1)):
         y = x.at[changed].add(5)
@@ -160,23 +163,33 @@ def test_a_block_by_another_route(network):
 
 def test_only_expression_is_rectified(network):
     """With log-expression data no output is below zero; the same network for SCM values has negative ones."""
-    rectified = state.initial_state(GENES, True, OPTIONS, jr.key(0))[0]
+    rectified = state.initial_state(LEVEL, True, OPTIONS, jr.key(0))[0]
     plain, cut = (np.asarray(n(cells_of(0), jnp.eye(GENES)[1])) for n in (network, rectified))
     assert (plain < 0).any()
     np.testing.assert_allclose(cut, np.maximum(plain, 0), atol=1e-6)
 
 
+def test_rectified_genes_start_alive():
+    """On log-expression data an untrained network starts around the mean of the training cells, with no gene cut off;
+    started near zero instead, some genes are zero in all cells."""
+    level, x = jnp.full(GENES, 2.0), cells_of(0)
+    options = [dataclasses.replace(OPTIONS, start_at_mean=choice) for choice in (True, False)]
+    starts = [state.initial_state(level, True, o, jr.key(0))[0] for o in options]
+    mean, zero = (network(x, jnp.eye(GENES)[1]) for network in starts)
+    assert (mean > 0).all() and (zero == 0).all(0).any()
+
+
 def test_width_and_heads_must_fit():
     """Heads that do not divide the width are refused with both numbers."""
     with pytest.raises(ValueError, match="width 32 .* heads .3."):
-        state.initial_state(GENES, False, dataclasses.replace(OPTIONS, heads=3), jr.key(0))
+        state.initial_state(LEVEL, False, dataclasses.replace(OPTIONS, heads=3), jr.key(0))
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------------------------------------------------------- the loss
 
 
 def test_energy_distance_by_other_routes():
-    """It equals SciPy's distances between all pairs, and in one dimension half the square of SciPy's energy distance."""
+    """It equals SciPy's distances of all pairs, and in one dimension half the square of SciPy's energy distance."""
     x, y = cells_of(0, 20), cells_of(1, 30, 2.0)
     expected = cdist(x, y).mean() - cdist(x, x).mean() / 2 - cdist(y, y).mean() / 2
     assert float(state.energy_distance(x, y)) == pytest.approx(expected, rel=1e-4)
@@ -193,9 +206,9 @@ def test_energy_distance_of_a_set_with_itself():
 
 
 def test_one_update_is_finite_and_clipped(screen):
-    """After one update all weights are finite and changed, and with a clip of nearly zero Adam still moves by its rate."""
+    """After one update all weights are finite and have moved by Adam's rate; a large gradient is clipped before it."""
     data, options = fitting.training_cells(screen, controls_too=True), dataclasses.replace(OPTIONS, depth=1)
-    before = state.initial_state(GENES, False, options, jr.key(0))
+    before = state.initial_state(LEVEL, False, options, jr.key(0))
     after, loss = eqx.filter_jit(state.make_step(options))(before, data, jnp.asarray(0), jr.key(1))
     old, new = (jax.tree.leaves(eqx.filter(s[0], eqx.is_array)) for s in (before, after))
     assert np.isfinite(loss) and all(np.isfinite(x).all() for x in new)
@@ -205,11 +218,11 @@ def test_one_update_is_finite_and_clipped(screen):
     assert float(jnp.linalg.norm(moments.mu)) == pytest.approx(0.1 * options.clip, rel=1e-4)  # Adam's (1 - b1) times it
 
 
-# --------------------------------------------------------------------------------------------------- what it is fitted to
+# ------------------------------------------------------------------------------------------------- what it is fitted to
 
 
 def test_reproduces_and_never_looks_at_test_cells(model, screen):
-    """The same seed gives the same cells bit for bit, whatever the cells of test conditions are; another seed does not."""
+    """The same seed gives the same cells bit for bit, whatever test conditions hold; another seed does not."""
     cells = screen.cells.copy()
     for c, t in np.argwhere(screen.split == TEST):
         cells[screen.start[c, t] :][:POOL] = np.nan
@@ -221,14 +234,14 @@ def test_reproduces_and_never_looks_at_test_cells(model, screen):
 
 
 def test_awkward_screens():
-    """One context, one control cell, a constant gene, log-expression: finite cells, not below zero, for one cell too."""
+    """One context, one control cell, a constant gene, log-expression: cells are finite and not below zero."""
     wide = make_screen(log_expression=True, value=1, level=4)
     cells = np.maximum(wide.cells, 0)
     cells[:, 3] = 0
     count = wide.count[:1].copy()
     count[0, 0] = 1
-    screen = Screen(cells, wide.start[:1], count, wide.treatments[:1], wide.split[:1], wide.genes, wide.context_names[:1],
-                    wide.treatment_names, True)
+    screen = Screen(cells, wide.start[:1], count, wide.treatments[:1], wide.split[:1], wide.genes,
+                    wide.context_names[:1], wide.treatment_names, True)
     model = state.State(screen, np.random.default_rng(0), dataclasses.replace(OPTIONS, updates=50))
     for n in (1, 7):
         found = predict(model, screen, 1, controls=cells[:1].repeat(n, 0))
