@@ -4,7 +4,7 @@ Paper: Figures 1 to 6, appendices A.4 and D (`guidance` and `ode` have no figure
 `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; a missing input is `not_run` in the
 JSON, with the reason. Departure: D:variance-unguided.
 
-    python figures.py --scale smoke|laptop|paper       all of them: 2 / 4 min / not timed, on two CPU cores
+    python figures.py --scale smoke|laptop|paper       all of them: 2 / 5 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
 A figure whose JSON has the same settings is only drawn again; delete the JSON to compute it anew. Its caption says what
 is shown, and over what the spread is.
@@ -53,7 +53,7 @@ class Settings:
     graphs: int = 10  # held-out linear SCMs [D10]
     tasks: int = 100  # test conditions of each unit, at most
     cells: int = 200  # per population, given and generated, where they are not what varies (B.3)
-    contexts: tuple[int, ...] = (0, 1, 2, 4, 8, 10)  # Figure 5a: K, as far as there are experiments and slots
+    contexts: tuple[int, ...] = (0, 1, 2, 4, 8)  # Figure 5a: K, as far as there are experiments and slots
     multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)  # Figure 5b: cells given / cells trained with
     most_cells: int = 400  # Figure 5b: and at most this many
     weights: tuple[float, ...] = sample.GUIDANCE  # of guidance (Table 7)
@@ -391,10 +391,12 @@ SWEEPS = {  # label of the axis, metrics
 
 def sweep(s: Settings, what: str) -> dict:
     """Scores of every model for each value of what varies; `values` are [U, X] for each row and metric."""
-    experiments = {}
+    experiments, heads = {}, {}
     for experiment in ["linear", *screen_names(s)[: s.screens]]:
         rows = ("linear",) if experiment == "linear" else ("mappfn-pretrained", "mappfn-finetuned")
-        head, _ = train.load_model(model_file(s, experiment, rows[-1], 0))
+        for row in rows:  # a missing model shows before the long work
+            heads[experiment] = rows, train.load_model(model_file(s, experiment, row, 0))[0]
+    for experiment, (rows, head) in heads.items():
         most_context, population = limits(s, experiment, head["genes"])
         most, context = min(s.most_cells, population), min(head["context"], most_context)
         x = {"context": [k for k in s.contexts if k <= most_context], "guidance": list(s.weights),
@@ -639,7 +641,7 @@ def main() -> None:
     train.use_all_cores(2)
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("names", "out")}
     print(f"figures.py {json.dumps(settings)}, revision {scales.revision()}, {jax.device_count()} x "
-          f"{jax.devices()[0].device_kind}; all take 2 minutes at smoke, 4 at laptop scale on two cores", flush=True)
+          f"{jax.devices()[0].device_kind}; all take 2 minutes at smoke, 5 at laptop scale on two cores", flush=True)
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
         if not finished(path, settings, screen_names(s)):

@@ -70,6 +70,7 @@ TABLE = {
     "evaluate": {              # sampling and metrics (A.4, 6, C.2)
         "held_out":              (2,          6,       10),  # unseen DAGs of Table 2 [D10]
         "steps":                 (4,          5,       20),  # Dopri5 steps, six evaluations each [D9]
+        "guidance":              (2.0,     None,     None),  # weight (A.4); None: searched on validation tasks (Table 7)
         "eval_cells":            (32,       100,      200),  # cells per population that metrics compare (B.3)
         "seeds":                 (1,          1,        3),  # trainings per row of Table 2 (Table 2)
         "resamplings":           (1,          1,       10),  # draws of cells per split in Table 3 (Table 3)
@@ -80,13 +81,17 @@ TABLE = {
         "graphs":                (2,          4,       10),  # held-out linear SCMs
         "tasks":                 (2,          4,      100),  # test conditions of each split or graph, at most
         "cells":                 (16,        50,      200),  # per population
+        "contexts":              ((0, 2), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8, 10)),  # Figure 5a: K
+        "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0), (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)),  # Figure 5b: N / N trained with
+        "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # guidance (Table 7)
+        "ode_steps":             ((5, 10), (5, 10, 20, 50), (5, 10, 20, 50)),
         "most_cells":            (48,       100,      400),  # Figure 5b: given, at most
         "draws":                 (2,          4,       10),  # Figure 3: of cells
         "snapshots":             (4,         12,      200),  # Figure 2: EMA models kept during pre-training
         "snapshot_tasks":        (2,          8,       64),  # Figure 2: for each of them
         "smoothing":             (0.5,      0.5,     0.95),  # Figure 2: alpha of the moving average
         "ode_tasks":             (2,          2,        4),
-        "ode_reference":         (40,       100,      100),  # Dopri5 steps to compare with
+        "ode_reference":         (20,       100,      100),  # Dopri5 steps to compare with
         "grns":                  (16,       100,      200),  # Figure 6: of the prior
     },
     "cpa": {                   # the published baselines: their own sizes at paper scale (see each file)
@@ -205,4 +210,4 @@ if __name__ == "__main__":
     for section, rows in TABLE.items():
         print(f"{section:24}" + "".join(f"{s:>10}" for s in SCALES))
         for name, row in rows.items():
-            print(f"  {name:22}" + "".join(f"{v:>10g}" for v in row))
+            print(f"  {name:22}" + "".join(f"  {str(v):>8}" for v in row))

@@ -20,6 +20,7 @@ a game (Makkuva et al., 2020) that ends when T = grad_x g carries control onto t
 Departures, marked where they happen: [D:condot-identity], [D:unseen-zero].
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -38,13 +39,13 @@ from data import Screen
 
 @dataclass(frozen=True)
 class Options:
-    updates: int = 100_000         # steps of f (ours: the paper is silent)
-    batch: int = 256               # cells n of a batch (ours: the paper is silent)
-    learning_rate: float = 1e-4    # of both Adams (released code)
-    inner: int = 10                # steps of g for each step of f (released code)
+    updates: int = 100_000         # steps of f (our guess: the paper is silent)
+    batch: int = 256               # cells n of a batch (our guess: the paper is silent)
+    learning_rate: float = 1e-4    # of both Adams (the method's default)
+    inner: int = 10                # steps of g for each step of f (the method's default)
     hidden: int = 64               # width H of both paths; 64, 128 or 256 (Table 7)
     layers: int = 2                # hidden layers; 2, 3 or 4 (Table 7)
-    penalty: float = 1.0           # weight of the norm of the negative part of g's Wz (released code)
+    penalty: float = 1.0           # weight of the norm of the negative part of g's Wz (the method's default)
     identity_init: bool = True     # the map starts as T(x) = x (C.1); False: an ordinary random initialisation
     unseen: str = "zero"           # a treatment that was never trained on is given as zeros; "random": as its one-hot,
     #                                whose weights are as initialised (released code) [D:unseen-zero]
@@ -88,7 +89,8 @@ class Layer(eqx.Module):
 
     def __call__(self, x: Float[Array, "D"], u: Float[Array, "in"], z: Float[Array, "in"]) -> Float[Array, "out"]:
         """The new z, before its activation."""
-        return self.convex @ (z * jax.nn.softplus(self.convex_gate(u))) + self.cell @ (x * self.cell_gate(u)) + self.shift(u)
+        gated = z * jax.nn.softplus(self.convex_gate(u))
+        return self.convex @ gated + self.cell @ (x * self.cell_gate(u)) + self.shift(u)
 
 
 class Potential(eqx.Module):
@@ -163,14 +165,14 @@ def loss_f(f: Potential, moved: Float[Array, "n D"], y: Float[Array, "n D"],
 
 
 def clamp(f: Potential) -> Potential:
-    """f with its Wz >= 0, which makes it convex. g is only asked to be (its penalty), as f alone has to be bounded below."""
+    """f with its Wz >= 0, which makes it convex. g is only asked to be, by the penalty in its loss."""
     weights = lambda f: [layer.convex for layer in f.layers]
     return eqx.tree_at(weights, f, [jnp.maximum(w, 0) for w in weights(f)])
 
 
 @functools.cache
 def optimiser(options: Options) -> optax.GradientTransformation:
-    """Adam with a short memory (released code), as in other games; on one long vector, which compiles faster."""
+    """Adam with a short memory (the method's default); on one long vector, which compiles faster."""
     return optax.flatten(optax.adam(options.learning_rate, b1=0.5, b2=0.9))
 
 
@@ -216,16 +218,18 @@ class CondOT:
         key_f, key_g, key_fit = jr.split(jr.key(int(rng.integers(2**31))), 3)
         f, g = (Potential(len(screen.genes), options, key=key) for key in (key_f, key_g))
         adam = optimiser(options)
+        # Neither of these two changes the update: with them left in, it would be compiled anew for each value.
+        step = make_step(dataclasses.replace(options, updates=0, unseen=""))
         self.parameters = fitting.count_parameters((f, g))
-        self.f, self.g, *_ = fitting.fit("condot", make_step(options), (f, g, adam.init(f), adam.init(g)),
+        self.f, self.g, *_ = fitting.fit("condot", step, (f, g, adam.init(f), adam.init(g)),
                                          fitting.training_cells(screen), options.updates, key=key_fit)
 
     def predict(self, controls: Float[np.ndarray, "N D"], context: int, treatment: Float[np.ndarray, "D"],
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """T(x) of each control cell, on log-expression data no lower than 0.
 
-        A treatment never trained on is, for `unseen="zero"`, no treatment: all quadratics weigh the same, which gives about
-        a mean of the maps that were learnt. A cell is moved alone, so one control cell is enough.
+        A treatment never trained on is, for `unseen="zero"`, a treatment of zeros: all quadratics weigh the same. No
+        training condition is like that, so nothing says where cells go. One control cell is enough: each moves alone.
         """
         cells = np.asarray(_transport(self.g, jnp.asarray(controls), jnp.asarray(treatment * self.known)))
         return np.maximum(cells, 0 if self.log_expression else -np.inf).astype(np.float32)

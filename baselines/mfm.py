@@ -48,10 +48,10 @@ class Options:
     conditions: int = 1          # conditions whose gradients are averaged (chosen here)
     learning_rate: float = 1e-4  # of both Adams (MFM)
     tolerance: float = 1e-4      # relative and absolute, of the ODE solver (MFM)
-    unseen: str = "zero"         # one-hot of a treatment never trained on: "zero", or "random" as initialised (released code)
+    unseen: str = "zero"         # one-hot of a treatment never trained on: "zero", or "random" as initialised
 
 
-# ------------------------------------------------------------------------------------------------- the population's embedding
+# ------------------------------------------------------------------------------------------- the population's embedding
 
 
 def nearest(x: Float[Array, "n D"], neighbours: int) -> Int[Array, "n K"]:
@@ -84,7 +84,7 @@ class Encoder(eqx.Module):
         return phi / jnp.sqrt((phi**2).sum() + 1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------- the flow
+# ------------------------------------------------------------------------------------------------------------- the flow
 
 
 class Flow(eqx.Module):
@@ -107,6 +107,7 @@ class Flow(eqx.Module):
     def __call__(self, x: Float[Array, " D"], time: Float[Array, ""], embedding: Float[Array, " E"],
                  treatment: Float[Array, " D"]) -> Float[Array, " D"]:
         angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x          # F: small angles, a smooth function of x
+        # Time with angles up to 10 t: with more, the velocity is so rough in time that the solver needs many steps.
         h = jnp.concatenate([embedding, time_features(time / 10, len(angle)), jnp.cos(angle), jnp.sin(angle), x, treatment])
         h = jax.nn.selu(self.first(h))                                             # W
         h, _ = jax.lax.scan(lambda h, layer: (h + jax.nn.selu(layer(h)), None), h, self.hidden)
@@ -135,8 +136,8 @@ def make_step(options: Options) -> fitting.Step:
     encoder_gradient = eqx.filter_grad(loss)
 
     def step(state, data, i, key):
-        # [D:mfm-alternate] paper: silent; MFM: two optimisers in turn; here: in turn on every batch, because how often to change
-        # over is not stated.
+        # [D:mfm-alternate] paper: silent; MFM: two optimisers in turn; here: in turn on every batch, because how often to
+        # change over is not stated.
         encoder, flow, encoder_state, flow_state = state
         key_draw, key_time = jr.split(key)
         batches = jax.vmap(lambda k: fitting.draw(data, options.batch, key=k))(jr.split(key_draw, options.conditions))
@@ -150,12 +151,12 @@ def make_step(options: Options) -> fitting.Step:
     return step
 
 
-# --------------------------------------------------------------------------------------------------------------- prediction
+# ----------------------------------------------------------------------------------------------------------- prediction
 
 
 @eqx.filter_jit
 def transport(encoder: Encoder, flow: Flow, controls: Float[Array, "N D"], treatment: Float[Array, " D"],
-              tolerance: Array) -> Float[Array, "N D"]:
+              tolerance: Float[Array, ""]) -> Float[Array, "N D"]:
     """The ODE dx/dt = v from every control cell at t = 0 to t = 1, Dopri5; the step size fits all cells at once."""
     embedding = encoder(controls)
     velocity = lambda t, x, _: jax.vmap(flow, (0, None, None, None))(x, t, embedding, treatment)
@@ -182,7 +183,8 @@ class MFM:
         data = fitting.training_cells(screen)
         key_encoder, key_flow, key_fit = jr.split(jr.key(int(rng.integers(2**31))), 3)
         genes = screen.cells.shape[1]
-        models = Encoder(genes, options.embedding, options.neighbours, key=key_encoder), Flow(genes, options, key=key_flow)
+        encoder = Encoder(genes, options.embedding, options.neighbours, key=key_encoder)
+        models = encoder, Flow(genes, options, key=key_flow)
         states = (optax.adam(options.learning_rate).init(eqx.filter(m, eqx.is_inexact_array)) for m in models)
         self.parameters = fitting.count_parameters(models) - models[1].frequencies.size
         state = fitting.fit("mfm", make_step(options), (*models, *states), data, options.updates, key=key_fit)
@@ -192,5 +194,6 @@ class MFM:
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """Each control cell, carried along the flow; not random, so `rng` is not used."""
         treatment = jnp.asarray(treatment * self.known, jnp.float32)
-        cells = transport(self.encoder, self.flow, jnp.asarray(controls, jnp.float32), treatment, jnp.asarray(self.options.tolerance))
+        controls, tolerance = jnp.asarray(controls, jnp.float32), jnp.asarray(self.options.tolerance)
+        cells = transport(self.encoder, self.flow, controls, treatment, tolerance)
         return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)

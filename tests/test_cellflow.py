@@ -18,8 +18,8 @@ SMALL = cellflow.Options(embedding=8, width=32, layers=2, updates=400, batch=16,
 
 
 def make_screen(shifts=None) -> Screen:
-    """Treatment t is of gene t-1, and cells of (c, t) are N(c, 1/4) + shifts[c, t]; by default shifts are those of t alone.
-    In the last context the even treatments are TEST."""
+    """Treatment t is of gene t-1, cells of (c, t) are N(c, 1/4) + shifts[c, t]; by default shifts are those of t alone.
+    In the last context the even treatments are TEST, as is UNSEEN everywhere."""
     rng = np.random.default_rng(0)
     effect = rng.normal(0, 2, (GENES + 1, GENES)) * (np.arange(GENES + 1) > 0)[:, None]
     shifts = np.broadcast_to(effect, (CONTEXTS, *effect.shape)) if shifts is None else shifts
@@ -28,7 +28,8 @@ def make_screen(shifts=None) -> Screen:
     split = np.full((CONTEXTS, GENES + 1), TRAIN)
     split[-1, 2::2] = split[:, UNSEEN] = TEST
     names = lambda letter, n: tuple(f"{letter}{i}" for i in range(n))
-    return Screen(cells=cells.reshape(-1, GENES).astype(np.float32), start=np.arange(split.size).reshape(split.shape) * POOL,
+    start = np.arange(split.size).reshape(split.shape) * POOL
+    return Screen(cells=cells.reshape(-1, GENES).astype(np.float32), start=start,
                   count=np.full(split.shape, POOL),
                   treatments=np.tile(np.eye(GENES + 1, dtype=np.float32)[:, 1:] * 0.8, (CONTEXTS, 1, 1)), split=split,
                   genes=names("g", GENES), context_names=names("c", CONTEXTS), treatment_names=names("t", GENES + 1),
@@ -57,11 +58,11 @@ def fitted():
     return screen, fit(screen)
 
 
-# ------------------------------------------------------------------------------------------------------------ what it learns
+# ------------------------------------------------------------------------------------------------------- what it learns
 
 
 def test_shifts_are_recovered_in_a_held_out_context(fitted):
-    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, the mean within 0.5, moved as far as the truth."""
+    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, and as far as the truth."""
     screen, method = fitted
     tasks = evaluation_tasks(np.random.default_rng(1), screen, CELLS, 2)
     known = [i for i, query in enumerate(tasks.query) if not np.array_equal(query, one_hot(UNSEEN))]
@@ -96,7 +97,7 @@ def test_treatments_give_different_cells(fitted):
 
 
 def test_seed_and_training_cells_decide_everything():
-    """The same seed gives the same cells bit for bit, with the cells of all test conditions replaced by NaN; another does not."""
+    """The same seed gives the same cells bit for bit, with all test conditions' cells replaced by NaN; another does not."""
     screen = make_screen()
     cells = screen.cells.copy()
     for c, t in np.argwhere(screen.split == TEST):
@@ -106,7 +107,7 @@ def test_seed_and_training_cells_decide_everything():
     assert np.array_equal(first, second) and not np.allclose(first, other)
 
 
-# -------------------------------------------------------------------------------------------------------------- the coupling
+# --------------------------------------------------------------------------------------------------------- the coupling
 
 
 def pure_shift(n=24, genes=20, size=0.5, seed=0):
@@ -166,7 +167,7 @@ def test_coupling_stays_in_context():
     assert (context == np.asarray(batch.context)[:, None, None]).all() and len(np.unique(context)) == CONTEXTS
 
 
-# -------------------------------------------------------------------------------------------------------- training and flow
+# ---------------------------------------------------------------------------------------------------- training and flow
 
 
 def test_dropout_is_for_training_only():
@@ -180,7 +181,7 @@ def test_dropout_is_for_training_only():
 
 
 def test_solver_agrees_with_small_steps(fitted):
-    """The adaptive solver ends where 100 midpoint steps of the same velocity end, to 1e-3."""
+    """The adaptive solver ends where 1000 midpoint steps of the same velocity end, to 1e-3."""
     screen, method = fitted
     x, t = jnp.asarray(controls(screen)), jnp.asarray(one_hot(1))
     condition = method.model.condition(t, jax.nn.one_hot(0, CONTEXTS))
@@ -188,14 +189,14 @@ def test_solver_agrees_with_small_steps(fitted):
 
     @jax.jit
     def midpoint(x, i):
-        half = x + velocity(x, i / 100, condition) / 200
-        return x + velocity(half, (i + 0.5) / 100, condition) / 100, None
+        half = x + velocity(x, i / 1000, condition) / 2000
+        return x + velocity(half, (i + 0.5) / 1000, condition) / 1000, None
 
-    end, _ = jax.lax.scan(midpoint, x, jnp.arange(100.0))
+    end, _ = jax.lax.scan(midpoint, x, jnp.arange(1000.0))
     np.testing.assert_allclose(predict(method, controls(screen), 1), end, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------- the odd cases
+# -------------------------------------------------------------------------------------------------------- the odd cases
 
 
 def test_unseen_treatment(fitted):
@@ -215,7 +216,8 @@ def test_unseen_context():
     screen = make_screen()
     split = screen.split.copy()
     split[1, 1:] = TEST
-    method, cells = fit(dataclasses.replace(screen, split=split), dataclasses.replace(SMALL, updates=0)), controls(screen)
+    screen = dataclasses.replace(screen, split=split)
+    method, cells = fit(screen, dataclasses.replace(SMALL, updates=0)), controls(screen)
     assert list(method.known_contexts) == [True, False, True]
     unknown = predict(method, cells, 1, 1)
     assert np.isfinite(unknown).all() and np.array_equal(unknown, predict(method, cells, 1, 99))
@@ -226,7 +228,7 @@ def test_a_single_cell(fitted):
     """One control cell is carried to where it is carried among others: each cell has its own path."""
     screen, method = fitted
     one = predict(method, controls(screen, 0, 1), 1)
-    np.testing.assert_allclose(one, predict(method, controls(screen), 1)[:1], atol=1e-4)
+    np.testing.assert_allclose(one, predict(method, controls(screen), 1)[:1], atol=2e-3)
 
 
 def test_constant_gene_single_control_cell_and_expression():
