@@ -77,8 +77,8 @@ TABLE = {
     },
     "figures": {               # how much each figure samples (figures.py says what for)
         "screens":               (1,          1,        2),  # real screens that are sampled from
-        "splits":                (2,          4,        1),
-        "graphs":                (2,          4,       10),  # held-out linear SCMs
+        "splits":                (2,          3,        1),
+        "graphs":                (2,          3,       10),  # held-out linear SCMs
         "tasks":                 (2,          4,      100),  # test conditions of each split or graph, at most
         "cells":                 (16,        50,      200),  # per population
         "contexts":              ((0, 2), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8, 10)),  # Figure 5a: K
@@ -86,9 +86,9 @@ TABLE = {
         "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # guidance (Table 7)
         "ode_steps":             ((5, 10), (5, 10, 20, 50), (5, 10, 20, 50)),
         "most_cells":            (48,       100,      400),  # Figure 5b: given, at most
-        "draws":                 (2,          4,       10),  # Figure 3: of cells
-        "snapshots":             (4,         12,      200),  # Figure 2: EMA models kept during pre-training
-        "snapshot_tasks":        (2,          8,       64),  # Figure 2: for each of them
+        "draws":                 (2,          3,       10),  # Figure 3: of cells
+        "snapshots":             (4,         10,      200),  # Figure 2: EMA models kept during pre-training
+        "snapshot_tasks":        (2,          6,       64),  # Figure 2: for each of them
         "smoothing":             (0.5,      0.5,     0.95),  # Figure 2: alpha of the moving average
         "ode_tasks":             (2,          2,        4),
         "ode_reference":         (20,       100,      100),  # Dopri5 steps to compare with
