@@ -35,7 +35,7 @@ done
 # ---------------------------------------------------------------------------------------------------------- installation
 # An environment that already has everything is used as it is: the active one, or .venv from an earlier run.
 
-MODULES="jax equinox diffrax optax ott numpy scipy scanpy anndata sergio_rs tyro jaxtyping beartype tqdm matplotlib pytest"
+MODULES="jax equinox diffrax optax ott numpy scipy scanpy anndata sergio_rs tyro jaxtyping beartype tqdm matplotlib pytest xdist"
 complete() {
   "$1" -c 'import importlib.util as u, sys
 sys.exit(sys.version_info < (3, 11) or any(u.find_spec(m) is None for m in sys.argv[1:]))' $MODULES 2>/dev/null
@@ -77,13 +77,14 @@ case "$DEVICE $BACKEND" in cuda*cpu*) fail "DEVICE=$DEVICE, but JAX sees no GPU;
 if [ -z "$SCALE" ]; then case "$BACKEND" in cpu*) SCALE=laptop ;; *) SCALE=paper ;; esac; fi
 
 if [ "$SCALE" = smoke ]; then export JAX_DISABLE_MOST_OPTIMIZATIONS=1; fi  # compiling is most of it: five times faster
-if [ "$SCALE" = test ]; then exec "$PY" -m pytest -q tests; fi
+if [ "$SCALE" = test ]; then exec "$PY" -m pytest -q -n "${WORKERS:-2}" --dist loadfile tests; fi
 
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 ROOT=$OUT/$SCALE
 mkdir -p "$ROOT" || fail "$ROOT: cannot be written; give another --out"
 echo "== scale $SCALE, results in $ROOT, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.compiled}  # what one stage has compiled, the next need not
 BEGIN=$SECONDS
 stage() {  # stage TITLE EXPECTED-TIME SCRIPT ARGUMENTS...: a banner, the script, and how long it took
   local title=$1 expected=$2 start=$SECONDS; shift 2

@@ -31,7 +31,7 @@ TABLE = {
         "remat":                 (False,  False,     True),  # recompute activations to save memory (released code)
     },
     "linear": {                # linear SCM prior (5.1, B.1)
-        "genes":                 (6,         20,       20),  # variables D (5.1)
+        "genes":                 (8,         20,       20),  # variables D (5.1)
         "contexts":              (32,       256,     1000),  # random DAGs held in memory at a time (B.1)
         "refresh":               (16,        32,        0),  # updates until they are replaced by new ones; 0: never
         "population":            (64,        64,      500),  # cells simulated per condition (B.1)

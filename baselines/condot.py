@@ -1,11 +1,11 @@
 """A trained baseline: CondOT, one optimal-transport map for all treatments (Bunne, Krause & Cuturi, NeurIPS 2022).
 
-Paper: 5.2, C.1, table 7. It conditions on the treatment only (Table 1); all that it knows of a biological context is the
-control cell that it moves. Reads and writes nothing; `fitting.py` has the loop.
+Paper: 5.2, C.1, table 7. It conditions on the treatment only (Table 1); all that it knows of a biological context is
+the control cell that it moves. Reads and writes nothing; `fitting.py` has the loop.
 
 Among all maps from one population to another, the one that moves cells least is the gradient of a convex function
-(Brenier). Two networks f(x, t) and g(x, t), convex in the cell x and not in the treatment t (PICNN: Amos et al., 2017), play
-a game (Makkuva et al., 2020) that ends when T = grad_x g carries control onto treated cells, and grad_x f back.
+(Brenier). Two networks f(x, t) and g(x, t), convex in the cell x and not in the treatment t (PICNN: Amos et al., 2017),
+play a game (Makkuva et al., 2020) that ends when T = grad_x g carries control onto treated cells, and grad_x f back.
 
     symbol    name here        shape       meaning
     x, y      x, y             n D         control cells, treated cells of the same biological context
@@ -53,10 +53,10 @@ class Options:
 
 # --------------------------------------------------------------------- a function that is convex in the cell (PICNN)
 
-# [D:condot-identity] paper: "identity initialization"; released code: kernels and biases with which T(x) is 4x at the start
-# (in the original code, far more); here: T(x) = x within 1e-3, as the paper has it. Three things make it so: the L
-# quadratics are |x|^2 / 2 each and their weights sum to one; each convex layer takes the mean of its inputs (the first, the
-# sum), with gates of 1; and whatever else is added is next to nothing.
+# [D:condot-identity] paper: "identity initialization"; released code: kernels and biases with which T(x) is 4x at the
+# start (in the original code, far more); here: T(x) = x within 1e-3, as the paper has it. Three things make it so: the
+# L quadratics are |x|^2 / 2 each and their weights sum to one; each convex layer takes the mean of its inputs (the first,
+# the sum), with gates of 1; and whatever else is added is next to nothing.
 UNIT_GATE = math.log(math.e - 1)  # softplus of this is 1
 SMALL = 1e-3                      # what the other kernels are multiplied by
 
@@ -134,7 +134,7 @@ def transport(g: Potential, cells: Float[Array, "n D"], treatment: Float[Array, 
     return jax.vmap(jax.grad(g), (0, None))(cells, treatment)
 
 
-# ---------------------------------------------------------------------------------- the game of f and g (Makkuva et al.)
+# --------------------------------------------------------------------------------- the game of f and g (Makkuva et al.)
 
 
 def mean_potential(f: Potential, cells: Float[Array, "n D"], treatment: Float[Array, "D"]) -> Float[Array, ""]:
@@ -178,7 +178,7 @@ def optimiser(options: Options) -> optax.GradientTransformation:
 
 @functools.cache
 def make_step(options: Options) -> fitting.Step:
-    """One update: `inner` steps of g and one of f, all on one training condition, each step of g on new control cells."""
+    """One update: `inner` steps of g and one of f, all on one training condition, each of g on new control cells."""
     adam = optimiser(options)
 
     def step(state, data, i, key):
@@ -201,7 +201,7 @@ def make_step(options: Options) -> fitting.Step:
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------ the method
+# ----------------------------------------------------------------------------------------------------------- the method
 
 _transport = eqx.filter_jit(transport)  # compiled once per number of cells
 

@@ -1,6 +1,7 @@
 """Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files are written once."""
 
 import dataclasses
+import json
 import sys
 import types
 
@@ -275,6 +276,35 @@ def test_stage_writes_every_row_once(stage, capsys):
     assert [f.stat().st_mtime_ns for f in stage(*rows)] == stamps and "already done" in capsys.readouterr().out
     with pytest.raises(BadInput, match="seed: 0, now 1"):
         stage("--seed", "1")
+
+
+def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
+    """Of Table 7's grid the setting with the lowest RMSE on validation conditions is written down; cells of test conditions
+    are NaN here, and no prediction file is written."""
+    class Shift:
+        def __init__(self, screen, options):
+            self.off = abs(options["hidden"] - 128) + options["layers"]
+            assert not (screen.split == TEST)[:, 0].any() and (screen.split == VALIDATION).any()
+
+        def predict(self, controls, context, treatment, rng):
+            return controls + np.float32(self.off)
+
+    monkeypatch.setattr(baselines, "make", lambda row, scale, screen, rng, **options: Shift(screen, options))
+    assert stage("--methods", "condot", "--search") == []
+    found = json.loads((tmp_path / "smoke" / "search" / "toy-condot.json").read_text())
+    assert found["best"]["options"] == {"hidden": 128, "layers": 2} and len(found["all"]) == 9
+    with pytest.raises(BadInput, match="Table 7 has a grid for condot and mfm only"):
+        stage("--methods", "cpa", "--search")
+
+
+def test_a_screen_without_validation_conditions_gets_one_of_each_context():
+    """One training treatment of each context is held back, none of the test ones, and only if there is no validation yet."""
+    screen = make_screen(shifts_by_treatment())
+    assert baselines.validation_screen(screen, np.random.default_rng(0)) is screen
+    bare = dataclasses.replace(screen, split=np.where(screen.split == VALIDATION, TRAIN, screen.split))
+    split = baselines.validation_screen(bare, np.random.default_rng(0)).split
+    assert ((split == VALIDATION).sum(1) == 1).all() and np.array_equal(split == TEST, bare.split == TEST)
+    assert not (split[:, 0] == VALIDATION).any()
 
 
 def test_stage_names_unknown_rows(stage):

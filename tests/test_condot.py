@@ -31,7 +31,8 @@ def make_screen(contexts=2, *, log_expression=False) -> Screen:
     return Screen(cells=cells.reshape(-1, GENES).astype(np.float32), start=order * POOL,
                   count=np.full((contexts, treatments), POOL),
                   treatments=np.tile(hot, (contexts, 1, 1)).astype(np.float32), split=split, genes=names("g", GENES),
-                  context_names=names("c", contexts), treatment_names=names("t", treatments), log_expression=log_expression)
+                  context_names=names("c", contexts), treatment_names=names("t", treatments),
+                  log_expression=log_expression)
 
 
 EFFECTS = np.array([[0, 0, 0, 0], [-2, 1, 0, 1], [1, -2, 1, 0], [0, 1.5, -2, -1]])
@@ -142,7 +143,7 @@ def test_f_stays_convex(screen):
 
 
 def test_shifts_are_recovered(screen, fitted):
-    """Each treatment's own shift is learnt, also in the nearby context where it was not measured: PDS 0, means close."""
+    """Each treatment's own shift is learnt, also in the nearby context where it was not measured."""
     controls = cells_of(screen, 1, 0)
     true = np.stack([cells_of(screen, 1, t) for t in range(1, GENES)])
     predicted = np.stack([predict(fitted, controls, screen.treatments[1, t], 1) for t in range(1, GENES)])

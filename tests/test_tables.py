@@ -153,6 +153,25 @@ def test_a_claim_is_held_against_the_hardest_opponent(tmp_path):
     assert outcome == "not reproduced" and "MFM" in evidence and "-0.29" in evidence
 
 
+def test_claims_of_figures_by_hand():
+    """More context lowers W2 in every unit: reproduced; more cells raise it: not; augmentation and coverage from their numbers;
+    a figure that was not run says why."""
+    curve = lambda values, trained: {"data": {"experiments": {"linear": {"x": [1, 4, 8], "trained": trained, "values": {
+        "mappfn": {"wasserstein": values}, "identity": {"wasserstein": [[9.0, 0.0, 0.0]] * 3}}}}}}
+    density = lambda *values: {"expression": {"density": values}, "change": {"density": values}}
+    figures = {"context": curve([[3.0, 2.0, 1.0], [3.1, 2.0, 1.0], [2.9, 2.0, 1.0]], 4),
+               "cells": curve([[0.0, 1.0, 2.0], [0.0, 1.0, 2.1], [0.0, 1.0, 2.2]], 4),
+               "tta": {"data": {"screens": {"s": {"values": [{"augmented": 0.5 + i / 100, "single": 0.3} for i in range(3)]}}}},
+               "coverage": {"data": {"distributions": {"GRN prior": density(1, 1, 0), "leukemia": density(1, 1, 2)}}},
+               "variance": {"not_run": "no unpaired prior"}}
+    found = {number: (outcome, evidence) for number, _, outcome, evidence in tables.figure_claims(figures)}
+    assert found[8] == ("not run", "no unpaired prior")
+    assert found[9][0] == "reproduced" and "+0.210" in found[9][1]
+    assert found[10][0] == "reproduced" and "1 to 8: W2 lower by +2.000" in found[10][1] and "identity" not in found[10][1]
+    assert found[11][0] == "not reproduced" and "4 to 8: W2 lower by -1.100" in found[11][1]
+    assert found[12][0] == "not reproduced" and "50.0%" in found[12][1]
+
+
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
