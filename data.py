@@ -1,4 +1,4 @@
-"""Stage 2 of 7: turn a single-cell perturbation screen into conditions to train on and conditions to predict.
+"""Stage 2 of 8: turn a single-cell perturbation screen into conditions to train on and conditions to predict.
 
 Paper: sections 5.1, B.3 (equation 5), B.4 (Figure 4), and Algorithm 1 for how a task is drawn. Reads an `.h5ad` of
 raw counts, or downloads one of the paper's two data sets; writes `out/<scale>/data/<name>/split-<s>.h5ad` for each

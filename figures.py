@@ -2,7 +2,7 @@
 
 Paper: Figures 1 to 6, appendices A.4 and D (`guidance` and `ode` have no figure there). Reads `prior/`, `data/`,
 `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; a missing input is `not_run` in the
-JSON, with the reason. Departure: D:variance-unguided.
+JSON, with the reason. Departure: D49.
 
     python figures.py --scale smoke|laptop|paper       all of them: 2 / 5 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
@@ -274,7 +274,7 @@ def compute_variance(s: Settings) -> dict:
             tasks = sample_tasks(own_rng(s, i), screen, s.snapshot_tasks, s.cells, min(head["context"], most), TEST)
             values = []
             for file in tqdm(files, unit="snapshot", desc=f"variance: {run}, {place}"):
-                # [D:variance-unguided] paper: silent; here: weight 1, since guidance changes the variances.
+                # [D49] paper: silent; here: weight 1, since guidance changes the variances.
                 cells = predict(s, train.load_model(file)[1], tasks, True, 1.0, s.seed)
                 values.append([variance_correlation(*pair) for pair in zip(tasks.target, cells)])  # S P
             curves.append({"run": run, "place": place, "tasks": seen, "values": values,

@@ -1,4 +1,4 @@
-"""Stage 6 of 7, the metrics: compare predicted with true cells, one JSON file for each file of predictions.
+"""Stage 6 of 8, the metrics: compare predicted with true cells, one JSON file for each file of predictions.
 
 Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<experiment>/*.npz`, which `sample.py` and
 `baselines.py` write (the format is `Predictions` below), and writes a `.json` of the same name beside each.

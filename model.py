@@ -1,4 +1,4 @@
-"""Stage 3 of 7, the network: a multimodal diffusion transformer (MMDiT) that maps one task to a velocity.
+"""Stage 3 of 8, the network: a multimodal diffusion transformer (MMDiT) that maps one task to a velocity.
 
 Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes nothing; `train.py` and
 `sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds on anything.
@@ -229,7 +229,8 @@ class MapPFN(eqx.Module):
         """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`.
 
         `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`;
-        `film_query` lets the query modulate all tokens, as the time does [D34]; `treatment_gain` enlarges the initial weights of the treatment stream [D11].
+        `film_query` lets the query modulate all tokens, as the time does [D34]; `treatment_gain` enlarges the initial weights
+        of the treatment stream [D11].
         """
         if width % (2 * heads) or depth < 1:
             raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), depth at least 1")

@@ -1,4 +1,4 @@
-"""Stage 1 of 7: draw random causal systems, knock out each of their nodes in turn, and keep the cells.
+"""Stage 1 of 8: draw random causal systems, knock out each of their nodes in turn, and keep the cells.
 
 Paper: 4 "Structural Causal Models", "Synthetic Biological Prior"; 5.1; B.1 (linear SCMs); B.2, Tables 5, 6 (GRNs); B.4.
 Reads nothing. Writes `out/<scale>/prior/grn-<i>-of-<n>.npz`, raw counts of the GRN prior, one shard of the GRNs each.

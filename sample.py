@@ -1,8 +1,9 @@
-"""Stage 5 of 7, inference: solve the learnt flow from noise to cells, for every held-out condition of an experiment.
+"""Stage 5 of 8, inference: solve the learnt flow from noise to cells, for every held-out condition of an experiment.
 
-Paper: appendix A.4 (Dopri5, classifier-free guidance), C.3 and Table 7 (its weight), section 6 and Figure 3 (test-time augmentation), B.4 (what is held
-out). Reads `train/<run>/model.eqx` and `data/`, writes `samples/<experiment>/<method>-split<s>-draw<r>.npz` below
-out/<scale>; `baselines.py` writes its rows beside them, from the same tasks. Departures: D9, D10.
+Paper: appendix A.4 (Dopri5, classifier-free guidance), C.3 and Table 7 (its weight), section 6 and Figure 3 (test-time
+augmentation), B.4 (what is held out). Reads `train/<run>/model.eqx` and `data/`, writes `train/<run>/guidance.json` and
+`samples/<experiment>/<method>-split<s>-draw<r>.npz` below out/<scale>; the baselines write their rows beside them, from the
+same tasks. Departures: D9, D10.
 
     python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 2 min / -
     python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 3 min / -
@@ -78,7 +79,8 @@ def guided_velocity(model: MapPFN, task: Task, slots: Array, guidance: float | A
     return unconditional + guidance * (conditional - unconditional)
 
 
-def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: int, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
+def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: int, *,
+         key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 20 steps (121), from which no
@@ -261,10 +263,11 @@ def main() -> None:
             guidance = chosen_guidance(s, file, head, model, screen) if s.guidance is None else s.guidance
             cells = generate(model, given, guidance, s.steps, key=key)
             cells, clipped = clip_expression(cells, screen.log_expression)
+            seconds = train.seconds(file.with_name("log.csv"))
             meta = {"experiment": s.experiment, "method": method, "split": split, "resampling": draw, "seed": s.seed,
                     "scale": s.scale, "revision": scales.revision(), "settings": kept, "clipped_fraction": clipped,
                     "guidance": guidance,
-                    "seconds": round(time.perf_counter() - started, 1), "training": head | {"seconds": train.seconds(file.with_name("log.csv"))},
+                    "seconds": round(time.perf_counter() - started, 1), "training": head | {"seconds": seconds},
                     "genes": screen.genes}
             names = np.array(screen.context_names)[tasks.context_index]
             save_predictions(path, Predictions(tasks.observed, tasks.observed, tasks.target, cells, tasks.query, names,

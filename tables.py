@@ -1,4 +1,4 @@
-"""Stage 7 of 7, the report: every table with the paper's value beside ours, every figure, and the paper's claims one by one.
+"""Stage 8 of 8, the report: every table with the paper's value beside ours, every figure, and the paper's claims one by one.
 
 Paper: section 6, Tables 1 to 4. Reads `samples/<experiment>/*.json` (metrics.py) and `*.npz`, `train/`, and `figures/*.json`
 (figures.py) below out/<scale>, writes `report.md`, `report.json` and `prediction.png` there. No cell is typed in: what was
@@ -167,7 +167,7 @@ def best_simple(rows: dict[str, list[dict]], metric: str) -> str | None:
 
 
 def summarise(rows: dict[str, list[dict]], experiment: str, titles: dict[str, str] | None = None) -> list[dict]:
-    """One entry a row, in the order of `titles` (default: ROWS): for each metric our mean, sd and n, the paper's mean and sd."""
+    """One entry a row, in the order of `titles` (ROWS): for each metric our mean, sd and n, and the paper's mean and sd."""
     table = []
     for row, title in (titles or ROWS).items():
         if row not in rows:
@@ -240,8 +240,8 @@ def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
     trained = [e for e in table if e["budget"]]
     if not trained or not all(best.values()):
         return []
-    lines = ["| better than the best simple row by | " + " | ".join(f"{COLUMNS[m][0]} vs {ROWS[best[m]]}" for m in shown) + " |",
-             "|---" * (1 + len(shown)) + "|"]
+    headings = " | ".join(f"{COLUMNS[m][0]} vs {ROWS[best[m]]}" for m in shown)
+    lines = [f"| better than the best simple row by | {headings} |", "|---" * (1 + len(shown)) + "|"]
     for e in trained:
         cells = []
         for m in shown:
@@ -249,16 +249,17 @@ def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
             cells.append(f"{found[0] * COLUMNS[m][1]:+.3f} ± {found[1] * COLUMNS[m][1]:.3f}" if found else "–")
         lines.append(f"| {e['title']} | " + " | ".join(cells) + " |")
     count = max((found[2] for e in trained for m in shown if (found := advantage(rows, e["row"], best[m], m))), default=0)
-    return [*lines, "", f"Paired differences, mean ± standard error over {count} units (held-out graphs, or splits); positive: the "
-            "trained row is better. MR: how much closer to 1."] if count else []
+    return [*lines, "", f"Paired differences, mean ± standard error over {count} units (held-out graphs, or splits); "
+            "positive: the trained row is better. MR: how much closer to 1."] if count else []
 
 
 def budgets(table: list[dict]) -> list[str]:
     """The lines of a table of what each trained row was given."""
     number = lambda value, form: "–" if value is None else format(value, form)
     lines = ["| trained row | updates | of | parameters | seconds a fit |", "|---" * 5 + "|"]
-    return [*lines, *(f"| {e['title']} | {b['updates']:,} | {b['batch']} | {number(b['parameters'], ',')} | {number(b['seconds'], '.0f')} |"
-                      for e in table if (b := e["budget"]))] if any(e["budget"] for e in table) else []
+    rows = [f"| {e['title']} | {b['updates']:,} | {b['batch']} | {number(b['parameters'], ',')} | "
+            f"{number(b['seconds'], '.0f')} |" for e in table if (b := e["budget"])]
+    return [*lines, *rows] if rows else []
 
 
 def caption(table: list[dict], experiment: str) -> str:
@@ -274,7 +275,9 @@ def caption(table: list[dict], experiment: str) -> str:
 def why_missing(root: Path, experiment: str) -> str:
     """The reason that a stage left behind, or the command that would make the results."""
     note = root / "data" / experiment / "not-run.txt"
-    return note.read_text().strip().removeprefix("error: ") if note.is_file() else f"no predictions in {root / 'samples' / experiment}"
+    if note.is_file():
+        return note.read_text().strip().removeprefix("error: ")
+    return f"no predictions in {root / 'samples' / experiment}"
 
 
 def environment() -> dict:
@@ -386,10 +389,12 @@ def judge(rows: dict[str, list[dict]], a: str, others: tuple[str, ...], wanted: 
             found[metric] = (b, known[b])
     if not found:
         return "not run", "no paired results"
-    factor = lambda metric: COLUMNS[metric][1]
-    text = ", ".join(f"{COLUMNS[m][0].split(' ')[0]} {v[0] * factor(m):+.3f} ± {v[1] * factor(m):.3f} (vs {ROWS.get(b) or ABLATIONS[b]})"
-                     for m, (b, v) in found.items())
-    return verdict([v for _, v in found.values()]), text
+    evidence = []
+    for metric, (b, (mean, error, _)) in found.items():
+        heading, factor = COLUMNS[metric]
+        name = ROWS.get(b) or ABLATIONS[b].removeprefix("– ") + " removed"
+        evidence.append(f"{heading.split(' ')[0]} {mean * factor:+.3f} ± {error * factor:.3f} (vs {name})")
+    return verdict([v for _, v in found.values()]), ", ".join(evidence)
 
 
 def other_claims(everything: dict) -> list[tuple[int, str, str, str]]:
@@ -432,8 +437,10 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
             for row, values in e["values"].items():
                 if row != "identity" and start < len(e["x"]) - 1:
                     found.append(spread([unit[start] - unit[-1] for unit in values["wasserstein"]]))
-                    text.append(f"{experiment} {row}, {e['x'][start]} to {e['x'][-1]}: W2 lower by {found[-1][0]:+.3f} ± {found[-1][1]:.3f}")
-        return (number, statement, verdict(found), "; ".join(text)) if found else (number, statement, "not run", "too few values")
+                    mean, error, _ = found[-1]
+                    label = "linear SCMs" if row == "linear" else f"{experiment} {row}"
+                    text.append(f"{label}, {e['x'][start]} to {e['x'][-1]}: W2 lower by {mean:+.3f} ± {error:.3f}")
+        return number, statement, verdict(found) if found else "not run", "; ".join(text) or "too few values"
 
     def variance(statement: str, number: int):
         curves = {(c["run"], c["place"]): np.array(c["values"], float) for c in figures["variance"]["data"]["curves"]}
@@ -441,10 +448,11 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
         for place in places:
             if ("paired", place) in curves and ("unpaired", place) in curves:
                 tail = max(2, len(curves["paired", place]) // 3)  # the last third of the snapshots of one run each
-                one, other = (curves[run, place].reshape(len(curves[run, place]), -1).mean(1)[-tail:] for run in ("paired", "unpaired"))
+                points = {run: curves[run, place].reshape(len(curves[run, place]), -1).mean(1) for run in ("paired", "unpaired")}
+                one, other = (points[run][-tail:] for run in ("paired", "unpaired"))
                 found.append(spread(list(one - other)))
                 text.append(f"{place}: {one.mean():.2f} against {other.mean():.2f}, last {tail} snapshots of one run each")
-        return (number, statement, verdict(found), "; ".join(text)) if found else (number, statement, "not run", "one prior only")
+        return number, statement, verdict(found) if found else "not run", "; ".join(text) or "one prior only"
 
     def augmentation(statement: str, number: int):
         values = [v for units in figures["tta"]["data"]["screens"].values() for v in units["values"]
@@ -453,8 +461,8 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
             return number, statement, "not run", "no draw with a differentially expressed gene"
         found = spread([v["augmented"] - v["single"] for v in values])
         one, other = (np.std([v[k] for v in values], ddof=1) for k in ("augmented", "single"))
-        return number, statement, verdict([found]), (f"AUPRC {found[0]:+.3f} ± {found[1]:.3f} over {found[2]} draws; standard deviation "
-                                                     f"{one:.3f} with, {other:.3f} without")
+        text = f"AUPRC {found[0]:+.3f} ± {found[1]:.3f} over {found[2]} draws; sd {one:.3f} with, {other:.3f} without"
+        return number, statement, verdict([found]), text
 
     def coverage(statement: str, number: int):
         found = figures["coverage"]["data"]["distributions"]
@@ -521,14 +529,15 @@ def reference(s: Settings) -> None:
 
 
 def table_1(document: dict, tag: str) -> list[str]:
-    """What each method is told besides the control cells that it transforms, as its class declares (a test sees that it is so)."""
+    """What each method is told besides the cells that it transforms, as its class declares (a test sees that it is so)."""
     takes = {ROWS[row]: set(trained_class(row).conditions_on) for row in PUBLISHED}
     takes["MapPFN"] = {"treatment", "controls", "context experiments"}  # the fields of data.Task
-    columns = {"treatment": "treatment", "context": "number of the biological context", "controls": "control population (observational)",
-               "context experiments": "context experiments (interventional)"}
+    columns = {"treatment": "treatment", "context": "number of the biological context",
+               "controls": "control population (observational)", "context experiments": "context experiments (interventional)"}
     document["tables"]["inputs"] = {row: sorted(known) for row, known in takes.items()}
     mark = lambda known, column: "yes" if column in known else "no"
-    return [f"## Table 1. What each method conditions on{tag}", "", "| | " + " | ".join(columns.values()) + " |", "|---" * 5 + "|",
+    return [f"## Table 1. What each method conditions on{tag}", "",
+            "| | " + " | ".join(columns.values()) + " |", "|---" * 5 + "|",
             *(f"| {row} | " + " | ".join(mark(known, c) for c in columns) + " |" for row, known in takes.items()), ""]
 
 
@@ -573,8 +582,8 @@ def main() -> None:
         if rows := everything[experiment]:
             lines += section(document, experiment, heading + tag, rows, experiment)
             if any(row in rows for row in list(ABLATIONS)[1:]):
-                lines += section(document, f"{experiment}-ablations", f"Table 4. Ablations, {heading.split('. ')[-1]}{tag}", rows,
-                                 experiment, ABLATIONS)
+                title = f"Table 4. Ablations, {heading.split('. ')[-1]}{tag}"
+                lines += section(document, f"{experiment}-ablations", title, rows, experiment, ABLATIONS)
         elif experiment not in ("toy", "replicates"):
             reason = why_missing(root, experiment)
             lines += [f"## {heading}{tag}", "", f"not run: {reason}", ""]
@@ -588,7 +597,7 @@ def main() -> None:
         lines += ["| stage | seconds |", "|---|---|", *(f"| {k} | {v:.0f} |" for k, v in document["seconds"].items()),
                   f"| all | {sum(document['seconds'].values()):.0f} |", ""]
     lines += ["Settings, as in `scales.py`:", ""]
-    lines += [f"- {section}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for section, values in document["settings"].items()]
+    lines += [f"- {part}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for part, values in document["settings"].items()]
     if picture(root, root / "prediction.png"):
         lines += ["", "![A prediction against the truth](prediction.png)"]
     write(root / "report.md", "\n".join(lines) + "\n")

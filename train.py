@@ -1,4 +1,4 @@
-"""Stage 4 of 7, training: conditional flow matching on tasks from a prior, or from a real screen (fine-tuning).
+"""Stage 4 of 8, training: conditional flow matching on tasks from a prior, or from a real screen (fine-tuning).
 
 Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuning). Departures: D1, D5, D6, D7, D8.
 Reads `prior/` or `data/` below out/<scale>, writes `train/<run>/model.eqx` (EMA weights behind one line of JSON) and

@@ -1,4 +1,4 @@
-"""Stage 5 of 7 (beside `sample.py`), the baselines: predictions of simpler rules and of five published methods.
+"""Stage 5 of 8 (beside `sample.py`), the baselines: predictions of simpler rules and of five published methods.
 
 Paper: 5.2, appendix C.1, C.3. Reads what `sample.py` evaluates on (its `evaluation_sets`) and writes files of predictions
 `out/<scale>/samples/<experiment>/<method>-split<s>-draw<r>.npz` for `metrics.py`; with `--search`, a table of validation
@@ -10,7 +10,7 @@ training, `fitting.py` what the trained ones share.
     python -m baselines leukemia --scale paper
     python -m baselines leukemia --methods cpa additive     # some rows only
     python -m baselines linear --methods condot --search    # Table 7's grid, chosen on validation conditions
-Departures from the paper, marked where they happen: D32 to D40.
+Departures from the paper, marked where they happen: D32, D33, and those of the methods, D35 to D48.
 
 MapPFN sees the training half of the held-out context as its interventional context only; a baseline is trained on it, and on
 all other contexts (B.4).
@@ -56,7 +56,7 @@ class Baseline(Protocol):
 REFERENCES = {"observed": "again", "oracle": "fresh"}
 
 # Row -> file, class, and the options in which it differs from the method's row of the table of scales. The rows that end in
-# "-released" show what the released default that we depart from gives.
+# "-released" show what a released default that we depart from gives; CondOT's, an ordinary random initialisation.
 TRAINED = {
     "cpa": ("cpa", "CPA", {}),
     "condot": ("condot", "CondOT", {}),
@@ -169,7 +169,8 @@ def write(s: Settings, rows: tuple[str, ...], split: int, screen: Screen, draws:
                 about = {"options": dataclasses.asdict(baseline.options), "parameters": baseline.parameters,
                          "fit_seconds": round(time.perf_counter() - start, 2)}
         for draw, tasks in todo:
-            p = reference(row, screen, tasks) if row in REFERENCES else predict_with(baseline, screen, tasks, generator(1, draw))
+            rng = generator(1, draw)
+            p = reference(row, screen, tasks) if row in REFERENCES else predict_with(baseline, screen, tasks, rng)
             if not len(p.target):
                 print(f"{label}-split{split}-draw{draw}: not run: no condition has cells besides the target's", flush=True)
                 continue

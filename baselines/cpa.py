@@ -5,7 +5,7 @@ writes nothing. Each cell is encoded to a *basal* latent that should know neithe
 embeddings of both are added, and the sum is decoded back to that very cell: nothing pairs treated cells with controls.
 Two adversaries read treatment and context off the basal latent, and the encoder learns to defeat them. To predict,
 control cells are encoded and another treatment is added: a counterfactual. Departures, marked where they happen:
-D:cpa-updates, D:cpa-half-controls, D:cpa-weights, D:cpa-gain, D:unseen-zero.
+D42, D43, D44, D45, D35.
 
     symbol      name here     shape    meaning
     x           cells         n D      a batch: half of it control cells, see `draw`
@@ -42,13 +42,13 @@ class Options:
     width: int = 256                        # of every layer but the adversaries' (PerturBench searches 256 to 4352)
     latent: int = 64                        # size Z of the latent (searched, 64 to 512)
     adversary_width: int = 128              # of the adversaries' layers (PerturBench)
-    w_kl: float = 1.0                       # weight of the KL term (searched, 0.1 to 20) [D:cpa-weights]
+    w_kl: float = 1.0                       # weight of the KL term (searched, 0.1 to 20) [D44]
     w_adv: float = 1.0                      # weight of the adversaries in the autoencoder's loss (same)
     w_penalty: float = 1.0                  # weight of the adversaries' gradient penalty (same)
     adv_steps: int = 3                      # every adv_steps-th step is the autoencoder's (searched, 2 to 30)
-    embedding_gain: float = 1.0             # of the initial weights that read the one-hots [D:cpa-gain]
+    embedding_gain: float = 1.0             # of the initial weights that read the one-hots [D45]
     warmup: float = 0.1                     # share of the updates without the adversarial term
-    updates: int = 20_000                   # of the autoencoder [D:cpa-updates]
+    updates: int = 20_000                   # of the autoencoder [D42]
     batch: int = 512                        # cells n of a batch, even
     learning_rate: float = 1e-3             # Adam, the autoencoder's (searched, 5e-6 to 1e-3)
     adversary_learning_rate: float = 1e-3   # Adam, the adversaries' (searched likewise)
@@ -73,7 +73,7 @@ class Autoencoder(eqx.Module):
         self.treatment = eqx.nn.MLP(genes, latent, width, 1, key=keys[1])
         self.context = eqx.nn.MLP(contexts, latent, width, 1, key=keys[2])
         self.decoder = eqx.nn.MLP(latent, 2 * genes, width, 2, key=keys[3])
-        # [D:cpa-gain] CPA: no gain; here, at smoke and laptop scale: 10. Embeddings start far smaller than the noise of
+        # [D45] CPA: no gain; here, at smoke and laptop scale: 10. Embeddings start far smaller than the noise of
         # the latent, of variance 1 wherever the KL term wins, and a short training does not make them grow.
         self.treatment, self.context = (
             eqx.tree_at(lambda m: m.layers[0].weight, m, m.layers[0].weight * options.embedding_gain)
@@ -121,7 +121,7 @@ class Cells(NamedTuple):
 def draw(data: fitting.Cells, n: int, contexts: int, *, key: PRNGKeyArray) -> Cells:
     """n cells of n/2 conditions: one of the condition and one control cell of its context.
 
-    [D:cpa-half-controls] CPA: all training cells are equally likely; here: conditions are, and every second cell is a
+    [D43] CPA: all training cells are equally likely; here: conditions are, and every second cell is a
     control. Predictions start from controls, which are few where a screen has many treatments.
     """
     one = jax.vmap(lambda key: fitting.draw(data, 1, key=key))(jr.split(key, n // 2))
@@ -139,7 +139,7 @@ def negative_elbo(network: Autoencoder, batch: Cells, w_kl: float, *, key: PRNGK
                   ) -> tuple[Float[Array, ""], Float[Array, "n Z"]]:
     """-log p(x|z) summed over genes plus w_kl KL(q(z|x) || N(0, I)), averaged over cells; and the basal latents.
 
-    [D:cpa-weights] PerturBench: weights found by a search whose outcome for these data is not published; here: both
+    [D44] PerturBench: weights found by a search whose outcome for these data is not published; here: both
     terms are sums, so that weight 1 is the bound on the likelihood, and the others are 1 as well.
     """
     latent = jax.vmap(network.encode)(batch.cells)  # n Z, n Z
@@ -210,7 +210,7 @@ def initial_state(genes: int, contexts: int, options: Options, key: PRNGKeyArray
 def make_step(options: Options) -> fitting.Step:
     """adv_steps - 1 steps of the adversaries, then one of the autoencoder, each with its own cells.
 
-    [D:cpa-updates] CPA: counts all steps, of which 1 in adv_steps trains the autoencoder; here: `updates` counts those.
+    [D42] CPA: counts all steps, of which 1 in adv_steps trains the autoencoder; here: `updates` counts those.
     """
     def step(state: State, data: fitting.Cells, i: Int[Array, ""], key: PRNGKeyArray) -> tuple[State, Float[Array, ""]]:
         key_cells, key_latent = (jr.split(k, options.adv_steps) for k in jr.split(key))
@@ -268,7 +268,7 @@ class CPA:
         A context without training cells adds nothing to the latent; nor does a gene never treated in training add
         anything to the first layer (it predicts no effect), unless unseen = "random".
         """
-        if self.options.unseen == "zero":  # [D:unseen-zero] released code: its column is as initialised, which is noise
+        if self.options.unseen == "zero":  # [D35] released code: its column is as initialised, which is noise
             treatment = treatment * self.seen
         one_hot = (np.arange(len(self.known)) == context) & self.known
         key = jr.key(int(rng.integers(2**31)))

@@ -4,7 +4,7 @@ Paper: 5.2, appendix C.1. Reads and writes nothing. A method is one file beside 
 
     Options        its hyperparameters; the defaults are the method's own, the table in scales.py makes them smaller
     loss...        the objective of one batch, as the method's paper has it
-    <Method>       `Method(screen, rng, options)` fits, `.predict(controls, context, treatment, rng)` makes cells (D34)
+    <Method>       `Method(screen, rng, options)` fits, `.predict(controls, context, treatment, rng)` makes cells (D35)
 
     cells        x     n D     cells of a batch, all of one condition: n is always the same, so nothing recompiles
     treatment    t     D       one-hot times the do-value

@@ -157,9 +157,9 @@ class BilinearRidge(ContextMean):
         _, _, axes = np.linalg.svd(centred / np.maximum(centred.std(0), 1e-6), full_matrices=False)
         self.embedding = axes[: self.RANK].T * np.sqrt(axes.shape[1])                              # D d, one row for each gene
         genes = np.unique(e.genes[e.genes >= 0])                                                   # Q
-        rest = np.array([np.mean([e.effects[r] - e.of_context(int(e.contexts[r])) for r in np.flatnonzero(e.genes == g)], axis=0)
-                         for g in genes]).reshape(len(genes), -1)                                  # Q D
-        _, _, components = np.linalg.svd(rest, full_matrices=False) if len(genes) else (0, 0, np.zeros((0, len(self.embedding))))
+        beyond = e.effects - [e.of_context(int(c)) for c in e.contexts]                            # R D
+        rest = np.array([beyond[e.genes == g].mean(0) for g in genes]).reshape(len(genes), len(self.embedding))  # Q D
+        _, _, components = np.linalg.svd(rest, full_matrices=False)
         self.components = components[: self.RANK]                                                  # d D, G transposed
         scores, p = rest @ self.components.T, self.embedding[genes]                                # Q d, both
         solve = lambda p, y, penalty: np.linalg.solve(p.T @ p + penalty * np.eye(p.shape[1]), p.T @ y)

@@ -5,7 +5,7 @@ cells (Table 1); the context is nothing else. Reads and writes nothing. A set of
 goes in, each with the treatment's embedding added; as many cells come out, and the loss is the energy distance between
 them and random treated cells of that context. No cell has a partner and none knows its position. As in the paper, on
 expression values (C.1), without the embedding model for whole transcriptomes. Departures, marked where they happen:
-D:state-sizes, D:state-rectifier, D:state-sets, D:unseen-zero.
+D46, D47, D48, D35.
 
     symbol     name here      shape     meaning
     x          controls       S D       set of control cells
@@ -36,17 +36,17 @@ from data import Screen
 class Options:
     """Hyperparameters of STATE.
 
-    [D:state-sizes] paper: "published reference configurations", not stated; here: sizes close to MapPFN's own (A.1).
+    [D46] paper: "published reference configurations", not stated; here: sizes close to MapPFN's own (A.1).
     """
-    width: int = 256                        # E of every layer [D:state-sizes]
-    depth: int = 4                          # blocks [D:state-sizes]
-    heads: int = 4                          # H [D:state-sizes]
+    width: int = 256                        # E of every layer [D46]
+    depth: int = 4                          # blocks [D46]
+    heads: int = 4                          # H [D46]
     sets: int = 16                          # B of an update (reference configuration)
-    updates: int = 40_000                   # [D:state-sizes]
+    updates: int = 40_000                   # [D46]
     batch: int = 200                        # cells S of a set: as many as are compared (B.3)
     learning_rate: float = 1e-4             # Adam (reference configuration)
     clip: float = 10.0                      # largest global gradient norm (reference configuration)
-    start_at_mean: bool = True              # of the training cells; False: start near zero [D:state-rectifier]
+    start_at_mean: bool = True              # of the training cells; False: start near zero [D47]
     unseen: Literal["zero", "random"] = "zero"    # what a treatment never trained on adds, see `State.predict`
 
 
@@ -141,7 +141,7 @@ def optimiser(options: Options) -> optax.GradientTransformation:
 def initial_state(level: Float[Array, "D"], log_expression: bool, options: Options, key: PRNGKeyArray):
     """Network and optimiser before the first update; `level` is the mean of the training cells.
 
-    [D:state-rectifier] STATE: outputs start around zero, so that about every second gene is cut off by the ReLU for all
+    [D47] STATE: outputs start around zero, so that about every second gene is cut off by the ReLU for all
     cells, and without a gradient may stay so; here: they start around the mean of the training cells.
     """
     network = SetTransformer(len(level), log_expression, options, key=key)
@@ -194,12 +194,12 @@ class State:
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """One cell for each control cell. The context is in the cells: its index is not used, so it may be new.
 
-        [D:state-sets] paper: silent; here: N cells are shared out to sets of the size that was trained on, the last one
+        [D48] paper: silent; here: N cells are shared out to sets of the size that was trained on, the last one
         filled up with some of the N again (so one cell alone is a set of copies of it), because the network's answer
         depends on how many cells it sees. A gene never treated in training predicts control cells, unless unseen =
         "random".
         """
-        if self.options.unseen == "zero":  # [D:unseen-zero] released code: its column is as initialised, which is noise
+        if self.options.unseen == "zero":  # [D35] released code: its column is as initialised, which is noise
             treatment = treatment * self.seen
         n, size = len(controls), self.options.batch
         rows = np.concatenate([np.arange(n), rng.integers(n, size=-n % size)])

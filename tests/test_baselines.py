@@ -1,4 +1,5 @@
-"""Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files are written once."""
+"""Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files are
+written once."""
 
 import dataclasses
 import json
@@ -118,7 +119,8 @@ def test_unmeasured_target():
     screen = dataclasses.replace(screen, treatments=np.zeros_like(screen.treatments))
     tasks = tasks_of(screen)
     assert np.array_equal(predict("target-only", screen, tasks), tasks.identity)
-    assert np.array_equal(predict("additive", screen, tasks), predict("context-mean", screen, tasks))
+    for row in ("additive", "target-gene", "bilinear-ridge"):
+        assert np.array_equal(predict(row, screen, tasks), predict("context-mean", screen, tasks))
 
 
 def test_target_gene_scales_what_training_knock_outs_left():
