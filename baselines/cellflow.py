@@ -3,8 +3,8 @@
 Paper: 5.2, C.1, C.3; conditions on the treatment and on the biological context as a covariate (Table 1): it knows which context
 it is by name only, and never sees its population. Control and treated cells of one condition are paired in each batch by
 entropic optimal transport; a network gives the velocity of a cell from encodings of the cell, the time and the condition.
-To predict, solve the ODE from each control cell. Reads and writes nothing. Departures, marked where they happen: D34,
-D:cellflow-dropout, D:cellflow-epsilon, D:cellflow-set, D:cellflow-width.
+To predict, solve the ODE from each control cell. Reads and writes nothing. Departures, marked where they happen: D35,
+D39, D38, D41, D40.
 
     symbol       name here       shape     meaning
     x0, x1       controls,       n D       source cells and cells of one condition, of the same biological context
@@ -39,12 +39,12 @@ from model import time_features
 @dataclass(frozen=True)
 class Options:
     """Hyperparameters; the defaults are the method's own, or chosen here where no source states one."""
-    epsilon: float = 0.1            # of the coupling, in units of the mean squared distance [D:cellflow-epsilon]
-    condition_dropout: float = 0.0  # of the condition's encoding [D:cellflow-dropout]
+    epsilon: float = 0.1            # of the coupling, in units of the mean squared distance [D38]
+    condition_dropout: float = 0.0  # of the condition's encoding [D39]
     noise: float = 0.0              # sigma added to x_t; the notebooks' values are for principal components
     embedding: int = 256            # E, width of the condition's encoding (CellFlow)
-    width: int = 1024               # W, of every network [D:cellflow-width]
-    layers: int = 3                 # of every network [D:cellflow-width]
+    width: int = 1024               # W, of every network [D40]
+    layers: int = 3                 # of every network [D40]
     updates: int = 10_000           # (chosen here: 200,000 batches of one condition)
     batch: int = 200                # cells n per condition: a population of the evaluation (B.3)
     conditions: int = 20            # conditions whose gradients are averaged (CellFlow)
@@ -59,7 +59,7 @@ class Options:
 def coupling(controls: Float[Array, "n D"], treated: Float[Array, "n D"], epsilon: float) -> Float[Array, "n n"]:
     """The plan P of entropic optimal transport between two sets of cells, with squared Euclidean cost.
 
-    [D:cellflow-epsilon] paper: the reference notebook; released code: epsilon 0.5 to 1, which in 20 to 50 genes
+    [D38] paper: the reference notebook; released code: epsilon 0.5 to 1, which in 20 to 50 genes
     pairs cells almost at random; here: 0.1. In units of the mean cost all three.
     """
     return match_linear(controls, treated, epsilon=epsilon, scale_cost="mean")
@@ -88,11 +88,11 @@ class Velocity(eqx.Module):
         keys = jr.split(key, 6)
         width, embedding = options.width, options.embedding
 
-        # [D:cellflow-width] paper: the reference notebook, which it does not name; here: one width and number of layers.
+        # [D40] paper: the reference notebook, which it does not name; here: one width and number of layers.
         linear = functools.partial(eqx.nn.MLP, width_size=width, depth=options.layers - 1, activation=jax.nn.silu)
         mlp = functools.partial(linear, final_activation=jax.nn.silu)
 
-        # [D:cellflow-set] paper: "set aggregation with multihead attention"; here: none, because each condition has one
+        # [D41] paper: "set aggregation with multihead attention"; here: none, because each condition has one
         # treatment, and attention within a set of one is a linear layer.
         self.treatment = mlp(genes, width, key=keys[0])
         self.context = mlp(contexts, width, key=keys[1])
@@ -106,7 +106,7 @@ class Velocity(eqx.Module):
                   key: PRNGKeyArray | None = None) -> Float[Array, " E"]:
         """Encoding of the two one-hots, with dropout if there is a key (training).
 
-        [D:cellflow-dropout] paper: the reference notebook; released default: 0.9, with which a short training moves
+        [D39] paper: the reference notebook; released default: 0.9, with which a short training moves
         cells half as far as it should, and PDS is 0.2 where it is 0 without; here: 0.
         """
         parts = jnp.concatenate([self.treatment(treatment), self.context(context)])

@@ -17,7 +17,7 @@ play a game (Makkuva et al., 2020) that ends when T = grad_x g carries control o
     A_l, m_l  roots, centres   L D D, L D  the quadratics |A_l (x - m_l)|^2 / 2 that the convex path starts from
 
     n cells of a batch   D genes   L quadratics, as many as genes   H hidden width
-Departures, marked where they happen: [D:condot-identity], [D:unseen-zero].
+Departures, marked where they happen: [D36], [D35].
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ class Options:
     penalty: float = 1.0           # weight of the norm of the negative part of g's Wz (the method's default)
     identity_init: bool = True     # the map starts as T(x) = x (C.1); False: an ordinary random initialisation
     unseen: str = "zero"           # a treatment that was never trained on is given as zeros; "random": as its one-hot,
-    #                                whose weights are as initialised (released code) [D:unseen-zero]
+    #                                whose weights are as initialised (released code) [D35]
 
 
 # --------------------------------------------------------------------- a function that is convex in the cell (PICNN)
 
-# [D:condot-identity] paper: "identity initialization"; released code: kernels and biases with which T(x) is 4x at the
+# [D36] paper: "identity initialization"; released code: kernels and biases with which T(x) is 4x at the
 # start (in the original code, far more); here: T(x) = x within 1e-3, as the paper has it. Three things make it so: the
 # L quadratics are |x|^2 / 2 each and their weights sum to one; each convex layer takes the mean of its inputs (the
 # first, the sum), with gates of 1; and whatever else is added is next to nothing.

@@ -78,7 +78,11 @@ def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
 
 
 def seen_genes(screen: Screen) -> Bool[np.ndarray, "D"]:
-    """Genes that were treated in some training condition."""
+    """Genes that were treated in some training condition.
+
+    [D35] paper: silent; released code: the one-hot of another gene meets weights as they were initialised, which is noise;
+    here: each method multiplies the treatment by this unless its option `unseen` is "random".
+    """
     return screen.treatments[(screen.split == TRAIN) & (screen.count > 0)].any(0)
 
 

@@ -4,7 +4,7 @@ embedding of the whole control population which population it is.
 Paper: 5.2, C.1, C.3; conditions on the treatment and on the control population (Table 1), not on the number of the context,
 so that a context never trained on is like any other. A graph network embeds the control cells; a second network gives the
 velocity of a cell, from the cell, the time, the treatment and the embedding. To predict, embed the control cells once, then
-solve the ODE from each of them. Reads and writes nothing. Departures, marked where they happen: D34, D:mfm-alternate.
+solve the ODE from each of them. Reads and writes nothing. Departures, marked where they happen: D35, D37.
 
     symbol       name here       shape     meaning
     x0, x1       controls,       n D       source cells and cells of one condition, paired at random (no optimal transport)
@@ -136,7 +136,7 @@ def make_step(options: Options) -> fitting.Step:
     encoder_gradient = eqx.filter_grad(loss)
 
     def step(state, data, i, key):
-        # [D:mfm-alternate] paper: silent; MFM: two optimisers in turn; here: in turn on every batch, because how often to
+        # [D37] paper: silent; MFM: two optimisers in turn; here: in turn on every batch, because how often to
         # change over is not stated.
         encoder, flow, encoder_state, flow_state = state
         key_draw, key_time = jr.split(key)

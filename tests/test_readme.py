@@ -72,6 +72,14 @@ def test_link_leads_somewhere(path):
     assert (ROOT / path).exists(), f"{path} does not exist"
 
 
+def test_ledger_and_code_name_the_same_departures():
+    """Every D-number in the code has its row in the ledger, and every row is tagged in the code."""
+    code = "\n".join(f.read_text(encoding="utf-8") for f in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")])
+    tagged = set(re.findall(r"\[(D\d+)\]", code))
+    listed = re.findall(r"(?m)^\| (D\d+) \|", TEXT)
+    assert len(listed) == len(set(listed)) and tagged == set(listed)
+
+
 # ------------------------------------------------------------------------------------------- the results, and where they are from
 
 REPORT = ROOT / "results" / "laptop" / "report.json"
