@@ -95,8 +95,8 @@ stage() {  # stage TITLE EXPECTED-TIME SCRIPT ARGUMENTS...: a banner, the script
 }
 at() { "$PY" -c "import scales; print(scales.at('$SCALE', '$1')['$2'])"; }  # a number of the table of scales
 
-stage "prior: GRNs" "3 min" prior.py --scale "$SCALE" --out "$ROOT/prior" --workers "${WORKERS:-2}"
-stage "prior: unpaired GRNs" "3 min" prior.py --unpaired --scale "$SCALE" --out "$ROOT/prior-unpaired" --workers "${WORKERS:-2}"
+stage "prior: GRNs" "2 min" prior.py --scale "$SCALE" --out "$ROOT/prior" --workers "${WORKERS:-2}"
+stage "prior: unpaired GRNs" "2 min" prior.py --unpaired --scale "$SCALE" --out "$ROOT/prior-unpaired" --workers "${WORKERS:-2}"
 
 SCREENS=
 prepare() {  # prepare DATASET FILE: split and normalise a screen; one that cannot be had is left out, and the tables say why
@@ -133,19 +133,19 @@ else
 fi
 
 for seed in $(seq 0 $(($(at evaluate seeds) - 1))); do
-  stage "train: linear SCMs, seed $seed" "7 min" train.py linear --scale "$SCALE" --seed "$seed" --out "$OUT"
+  stage "train: linear SCMs, seed $seed" "3 min" train.py linear --scale "$SCALE" --seed "$seed" --out "$OUT"
 done
 SNAPSHOTS=$(at figures snapshots)
 stage "train: GRNs" "7 min" train.py grn --scale "$SCALE" --out "$OUT" --snapshots "$SNAPSHOTS"
 stage "train: GRNs, unpaired (Table 4)" "7 min" train.py grn --unpaired --scale "$SCALE" --out "$OUT" --snapshots "$SNAPSHOTS"
 stage "train: GRNs, without context (Table 4)" "4 min" train.py grn --context 0 --name grn-no-context --scale "$SCALE" --out "$OUT"
 for screen in $SCREENS; do
-  stage "train: $screen from random initialisation" "3 min" train.py scratch --dataset "$screen" --scale "$SCALE" --out "$OUT"
-  stage "train: $screen fine-tuning" "3 min" train.py finetune --dataset "$screen" --scale "$SCALE" --out "$OUT"
+  stage "train: $screen from random initialisation" "2 min" train.py scratch --dataset "$screen" --scale "$SCALE" --out "$OUT"
+  stage "train: $screen fine-tuning" "2 min" train.py finetune --dataset "$screen" --scale "$SCALE" --out "$OUT"
 done
 for experiment in linear $SCREENS; do
-  stage "sample: $experiment" "2 min" sample.py "$experiment" --scale "$SCALE" --out "$OUT"
-  stage "baselines: $experiment" "6 min" -m baselines "$experiment" --scale "$SCALE" --out "$OUT"
+  stage "sample: $experiment" "1 to 4 min" sample.py "$experiment" --scale "$SCALE" --out "$OUT"
+  stage "baselines: $experiment" "1 to 9 min" -m baselines "$experiment" --scale "$SCALE" --out "$OUT"
 done
 stage "metrics" "2 min" metrics.py "$ROOT/samples"
 stage "figures" "4 min" figures.py --scale "$SCALE" --out "$OUT"

@@ -5,8 +5,8 @@ augmentation), B.4 (what is held out). Reads `train/<run>/model.eqx` and `data/`
 `samples/<experiment>/<method>-split<s>-draw<r>.npz` below out/<scale>; the baselines write their rows beside them, from the
 same tasks. Departures: D9, D10.
 
-    python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 2 min / -
-    python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 3 min / -
+    python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 1 min / -
+    python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 4 min / -
 (two CPU cores; paper scale has not been timed)
 
     Y_tau     y            N D   cells on their way from noise (tau 0) to data (tau 1)

@@ -4,7 +4,7 @@ Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuni
 Reads `prior/` or `data/` below out/<scale>, writes `train/<run>/model.eqx` (EMA weights behind one line of JSON) and
 `train/<run>/log.csv`; while it runs, `checkpoint.eqx` holds everything needed to go on from a stop.
 
-    python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 7 min / 8 h
+    python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 3 min / 8 h
     python train.py grn      --scale smoke|laptop|paper   pre-training on prior.py's GRNs:             1 / 7 min / 36 h
     python train.py finetune --dataset leukemia           from the GRN model, a run for each split: 1 / 20 s each / 10 min
     python train.py scratch  --dataset leukemia           the same from random initialisation

@@ -6,7 +6,7 @@ errors `out/<scale>/search/<experiment>-<method>.json` instead. One file for eac
 training, `fitting.py` what the trained ones share.
 
     python -m baselines toy --scale smoke
-    python -m baselines linear                              # laptop scale: four minutes
+    python -m baselines linear                              # laptop scale: a minute
     python -m baselines leukemia --scale paper
     python -m baselines leukemia --methods cpa additive     # some rows only
     python -m baselines linear --methods condot --search    # Table 7's grid, chosen on validation conditions
