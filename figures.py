@@ -46,7 +46,7 @@ class Settings:
     scale: str = "laptop"  # column of the table in scales.py
     seed: int = 0  # of everything random here
     guidance: float | None = None  # weight, where it is not what varies; default: as sample.py chose (Table 7)
-    steps: int = 20  # Dopri5 steps, where they are not what varies [D9]
+    steps: int = 25  # Dopri5 steps, where they are not what varies [D9]
     screens: int = 2  # real screens that are sampled from, at most; leukemia comes first
     splits: int = 1  # of each of them (B.4)
     resamplings: int = 10  # draws of cells of each split (Figure 5b)

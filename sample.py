@@ -53,7 +53,7 @@ class Settings:
     scale: str = "laptop"  # column of the table in scales.py
     seed: int = 0  # of the noise, and of the held-out graphs and draws of cells
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
-    steps: int = 20  # Dopri5 steps of the flow [D9]
+    steps: int = 25  # Dopri5 steps of the flow [D9]
     genes: int = 20  # linear: variables D (5.1)
     context: int = 8  # K (B.1, B.2)
     eval_cells: int = 200  # cells per population, given and generated (B.3)
@@ -83,7 +83,7 @@ def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: 
          key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
-    [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 20 steps (121), from which no
+    [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from which no
     value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
     """
     key_noise, key_slots = jr.split(key)
@@ -108,7 +108,7 @@ def _flows(model, tasks, keys, guidance, steps, cells):
     return each(parameters, (tasks, keys))
 
 
-def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0, steps: int = 20,
+def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0, steps: int = 25,
              cells: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
     """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
 
@@ -188,7 +188,7 @@ def gene_subsets(rng: np.random.Generator, genes: int, size: int, subsets: int, 
 
 
 def augmented(model: MapPFN, task: Task, size: int, subsets: int, rng: np.random.Generator, guidance: float = 2.0,
-              steps: int = 20, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
+              steps: int = 25, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
     """Cells of one task [unbatched] with more genes G than the model's D = `size`: predict each subset, pool per gene.
 
     A gene's cells from all subsets that contain it are pooled (6); each gene then keeps a random M of its own, M being what

@@ -98,9 +98,9 @@ def test_guidance_is_linear(model, tasks):
         np.testing.assert_allclose(at(omega), unconditional + omega * (conditional - unconditional), atol=1e-5)
 
 
-def test_twenty_steps_are_enough(model, tasks):
-    """[D9] On a trained model 20 Dopri5 steps and the released code's 100 differ by less than 1e-3 in every number."""
-    few, many = (sample.generate(model, tasks, 2.0, steps, key=jr.key(0)) for steps in (20, 100))
+def test_twenty_five_steps_are_enough(model, tasks):
+    """[D9] On a trained model 25 Dopri5 steps and the released code's 100 differ by less than 1e-3 in every number."""
+    few, many = (sample.generate(model, tasks, 2.0, steps, key=jr.key(0)) for steps in (25, 100))
     assert np.abs(few - many).max() < 1e-3
 
 
