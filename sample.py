@@ -134,7 +134,7 @@ def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> 
 GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
 
 
-def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen: Screen) -> float:
+def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen: Screen | None) -> float:
     """The weight with the lowest RMSE (equation 11) on validation tasks of the model's own training, never on test conditions.
 
     It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned model with

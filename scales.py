@@ -210,4 +210,4 @@ if __name__ == "__main__":
     for section, rows in TABLE.items():
         print(f"{section:24}" + "".join(f"{s:>10}" for s in SCALES))
         for name, row in rows.items():
-            print(f"  {name:22}" + "".join(f"  {str(v):>8}" for v in row))
+            print(f"  {name:22}" + "".join(f"  {str(v).replace(' ', ''):>8}" for v in row))

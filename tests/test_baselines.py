@@ -2,6 +2,7 @@
 written once."""
 
 import dataclasses
+import importlib
 import json
 import sys
 import types
@@ -13,6 +14,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("baselines", "beartype.beartype"):
     import baselines
 import metrics
+import scales
 from data import ABSENT, TEST, TRAIN, VALIDATION, EvaluationTask, Screen, evaluation_tasks, join_screens
 from scales import BadInput
 
@@ -242,6 +244,13 @@ def test_trained_rows_take_what_table_1_says(row):
     assert differs(predict(controls, 0, 3))
     assert differs(predict(controls, 1, 1)) == ("context" in baseline.conditions_on)
     assert differs(predict(others, 0, 1)) == ("controls" in baseline.conditions_on)
+
+
+@pytest.mark.parametrize("row", ["cpa", "condot", "mfm", "cellflow", "state"])
+def test_paper_scale_is_the_method_s_own(row):
+    """The paper column of the table of scales holds the defaults of the method's Options, so no default has two values."""
+    options = importlib.import_module(f"baselines.{row}").Options
+    assert options(**scales.at("paper", row)) == options()
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage

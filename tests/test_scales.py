@@ -85,20 +85,22 @@ def test_word_after_the_options_is_no_trap():
     """`--scale smoke linear` is `linear --scale smoke`, or refused: never the defaults of another size, unnoticed."""
     pick = lambda word: {"linear": ("linear",)}.get(word, ())
     try:
-        assert scales.parse(Worded, pick, ["--scale", "smoke", "linear"]).genes == 6
+        assert scales.parse(Worded, pick, ["--scale", "smoke", "linear"]).genes == 8
     except BadInput:
         pass
 
 
 def test_the_table_is_complete():
-    """Every value has three columns of one kind, and fills a field of a script; paper sizes are the paper's."""
+    """Every value has three columns of one kind (None: not set), and fills a field of a script or a baseline's option; paper
+    sizes are the paper's."""
     fields = set()
-    for file in ROOT.glob("*.py"):
-        classes = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Settings"]
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]:
+        classes = [n for n in ast.parse(file.read_text()).body
+                   if isinstance(n, ast.ClassDef) and n.name in ("Settings", "Options")]
         fields |= {f.target.id for c in classes for f in c.body if isinstance(f, ast.AnnAssign)}
     for rows in scales.TABLE.values():
         for name, row in rows.items():
-            assert name in fields and len(row) == 3 and len({type(value) for value in row}) == 1, name
+            assert name in fields and len(row) == 3 and len({type(value) for value in row if value is not None}) == 1, name
     for prior, micro_batches in (("linear", 50_000), ("grn", 400_000)):
         s = scales.at("paper", "model", prior)
         assert s["updates"] * s["accumulate"] == micro_batches and s["learning_rate"] == 1e-4 and s["ema"] == 0.999
