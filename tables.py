@@ -443,6 +443,7 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
         return number, statement, verdict(found) if found else "not run", "; ".join(text) or "too few values"
 
     def variance(statement: str, number: int):
+        """Variance correlation of the paired minus the unpaired run, over the last third of their snapshots."""
         curves = {(c["run"], c["place"]): np.array(c["values"], float) for c in figures["variance"]["data"]["curves"]}
         places, found, text = sorted({place for _, place in curves}), [], []
         for place in places:
@@ -455,6 +456,7 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
         return number, statement, verdict(found) if found else "not run", "; ".join(text) or "one prior only"
 
     def augmentation(statement: str, number: int):
+        """AUPRC with augmentation minus that of single passes, paired within draws of cells."""
         values = [v for units in figures["tta"]["data"]["screens"].values() for v in units["values"]
                   if v["augmented"] is not None and v["single"] is not None]
         if len(values) < 2:
@@ -465,6 +467,7 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
         return number, statement, verdict([found]), text
 
     def coverage(statement: str, number: int):
+        """Share of the real histograms' mass in bins where the prior has any."""
         found = figures["coverage"]["data"]["distributions"]
         prior, covered = found["GRN prior"], {}
         for name in found.keys() - {"GRN prior", "toy screen (simulated)"}:
