@@ -138,10 +138,10 @@ def guidance_of(s: Settings, file: Path) -> float:
     return chosen if s.guidance is None else s.guidance
 
 
-def predict(s: Settings, model: MapPFN, tasks: Task, log_expression: bool, guidance: float,
-            seed: int) -> Float[np.ndarray, "P N D"]:
+def predict(s: Settings, model: MapPFN, tasks: Task, log_expression: bool, guidance: float, seed: int,
+            at_once: int | None = None) -> Float[np.ndarray, "P N D"]:
     """Cells of each task as sample.py makes them, clipped; the same noise for the same seed."""
-    cells = sample.generate(model, tasks, guidance, s.steps, s.cells, key=jr.key(seed))
+    cells = sample.generate(model, tasks, guidance, s.steps, s.cells, at_once, key=jr.key(seed))
     return sample.clip_expression(cells, log_expression)[0]
 
 
@@ -275,7 +275,7 @@ def compute_variance(s: Settings) -> dict:
             values = []
             for file in tqdm(files, unit="snapshot", desc=f"variance: {run}, {place}"):
                 # [D49] paper: silent; here: weight 1, since guidance changes the variances.
-                cells = predict(s, train.load_model(file)[1], tasks, True, 1.0, s.seed)
+                cells = predict(s, train.load_model(file)[1], tasks, True, 1.0, s.seed, head["cells"])
                 values.append([variance_correlation(*pair) for pair in zip(tasks.target, cells)])  # S P
             curves.append({"run": run, "place": place, "tasks": seen, "values": values,
                            "mean": np.nanmean(values, axis=1).tolist()})
@@ -328,7 +328,7 @@ def tta_unit(s: Settings, file: Path, seed: int, tasks: EvaluationTask) -> dict[
         task = Task(*(x[i] for x in tasks[: len(Task._fields)]))
         # With equal seeds the few subsets are the first of the many, with the same noise: a paired comparison.
         single, pooled = (sample.augmented(model, task, head["genes"], n, np.random.default_rng([seed, i]),
-                                           guidance_of(s, file), s.steps, key=jr.fold_in(jr.key(seed), i))
+                                           guidance_of(s, file), s.steps, head["cells"], key=jr.fold_in(jr.key(seed), i))
                           for n in (fewest, s.subsets))
         for way, cells in zip(WAYS, (single[: s.cells], pooled[: s.cells], pooled)):
             predicted[way].append(sample.clip_expression(cells[None], True)[0][0])
@@ -430,12 +430,13 @@ def sweep_unit(s: Settings, experiment: str, rows: tuple[str, ...], what: str, x
     given = Task(*(field[: s.tasks] for field in tasks[: len(Task._fields)]))
     for row in rows:
         file, result[row] = model_file(s, experiment, row, split), []
-        model, guidance = train.load_model(file)[1], guidance_of(s, file)
+        (head, model), guidance = train.load_model(file), guidance_of(s, file)
+        at_once = None if what == "cells" else head["cells"]  # the one figure that asks what more cells at once do [D50]
         for value in x:
             k, n = value if what == "context" else context, value if what == "cells" else s.cells
             some = given._replace(observed=given.observed[:, :n], context=given.context[:, :k, :n],
                                   context_treatments=given.context_treatments[:, :k])
-            cells = predict(s, model, some, log, float(value) if what == "guidance" else guidance, seed)
+            cells = predict(s, model, some, log, float(value) if what == "guidance" else guidance, seed, at_once)
             result[row].append(scores(true, cells, observed, log))
     return result
 

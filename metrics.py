@@ -23,7 +23,7 @@ Two traps, both shown in `tests/test_metrics.py`. *W2 rewards shrinking*: with a
 most of it is the distance between any two samples of one distribution, and cells pulled towards their mean score better
 than a fresh sample of the truth. Read it beside MMD and the variance error. *MR rewards fresh cells*: for the same
 reason, other control cells, left as they are, reach an MR of 0.93 on linear SCMs at the paper's size, and the source
-cells shifted by a small effect, exactly right, one near 0: it tells reused cells from new ones more than it tells effects.
+cells shifted by a small effect, exactly right, one near 0: it tells reused cells from new more than it tells effects.
 """
 
 import functools
@@ -177,8 +177,8 @@ def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M 
              contexts: np.ndarray | None = None, source: Float[np.ndarray, "P N D"] | None = None) -> dict:
     """Every metric: the mean over conditions under its name, the P single values under `conditions`; ready for JSON.
 
-    `source` are the control cells that a prediction was made from, where they are others than `observed`: MR asks how far
-    from *them* it has gone, which gives identity its 0 (Table 2).
+    `source` are the control cells that a prediction was made from, where they are others than `observed`: MR asks how
+    far from *them* it has gone, which gives identity its 0 (Table 2).
 
     None stands for what is not defined: MR without an effect, PDS without a rival, AUPRC without differentially
     expressed genes or on data that are not log-expression (as in Table 2). Means are over the conditions that remain.

@@ -1,11 +1,11 @@
 """Stage 3 of 8, the network: a multimodal diffusion transformer (MMDiT) that maps one task to a velocity.
 
-Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes nothing; `train.py` and
-`sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds on anything.
+Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes nothing; `train.py`
+and `sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds on anything.
 Departures from the paper, marked where they happen: D2, D3, D4, D11, D12, D34.
 
-The network sees *one* task and `jax.vmap` adds the batch. Cells are tokens, genes are the features of a token, and no token
-knows its position: whatever the network has to know about a token is added to it as a learnt embedding.
+The network sees *one* task and `jax.vmap` adds the batch. Cells are tokens, genes are the features of a token, and no
+token knows its position: whatever the network has to know about a token is added to it as a learnt embedding.
 
     paper        name here            shape     meaning
     Y_tau        y_tau                N D       noise on its way to the predicted cells
@@ -37,16 +37,17 @@ ROLES = ("observational", "interventional", "treatment")
 # ------------------------------------------------------------------------------------------------ joint attention (A.1)
 
 
-def plain_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
+def plain_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
+                    v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
     """Every token attends to every token of all three streams; no mask, since there is never any padding."""
     scores = jnp.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])
     return jnp.einsum("hts,shf->thf", jax.nn.softmax(scores), v)
 
 
-# The same, one head of one task at a time. XLA's batched product of many small matrices is slow on a CPU, and the H x T x T
-# scores of a whole batch leave the cache; those of one head do not. `sequential_vmap` turns every vmap around these two
-# functions (over heads here, over tasks in train.py) into a loop. The backward pass is written out (as in FlashAttention)
-# because a loop of this kind has no transpose rule, and it recomputes the scores rather than store them.
+# The same, one head of one task at a time. XLA's batched product of many small matrices is slow on a CPU, and the
+# H x T x T scores of a whole batch leave the cache; those of one head do not. `sequential_vmap` turns every vmap around
+# these two functions (over heads here, over tasks in train.py) into a loop. The backward pass is written out (as in
+# FlashAttention) because a loop of this kind has no transpose rule, and it recomputes scores rather than store them.
 
 
 @jax.custom_batching.sequential_vmap
@@ -78,17 +79,19 @@ def _heads_forward(q, k, v):
 _heads.defvjp(_heads_forward, lambda saved, d_out: jax.vmap(_head_backward)(*saved, d_out))
 
 
-def looped_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
+def looped_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
+                     v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
     """`plain_attention` as a loop over heads and tasks: faster on a CPU, slower on a GPU."""
     q, k, v = (x.swapaxes(0, 1) for x in (q / math.sqrt(q.shape[-1]), k, v))  # H T F
     return _heads(q, k, v).swapaxes(0, 1)
 
 
-def cudnn_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
+def cudnn_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
+                    v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
     """cuDNN's flash attention in bfloat16, for GPUs. T is rounded up to 64 and the padding keys are masked."""
     tokens, padding = q.shape[0], -q.shape[0] % 64
     q, k, v = (jnp.pad(x, ((0, padding), (0, 0), (0, 0))).astype(jnp.bfloat16)[None] for x in (q, k, v))
-    length = jnp.full((1,), tokens, jnp.int32)  # [D3] released code: padding is not masked; here it is, so it changes nothing
+    length = jnp.full((1,), tokens, jnp.int32)  # [D3] released code: padding not masked; here it is and changes nothing
     out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")
     return out[0, :tokens].astype(jnp.float32)
 
@@ -134,15 +137,15 @@ class Stream(eqx.Module):
         self.q_norm = eqx.nn.RMSNorm(width // heads, use_bias=False)
         self.k_norm = eqx.nn.RMSNorm(width // heads, use_bias=False)
         self.out = eqx.nn.Linear(width, width, key=k_out)
-        # [D2] paper: expansion to 512 (2x); released code: 1024 (4x); here: 4x, the only one that gives the paper's "about
-        # 25M parameters" (25.9M against 19.6M).
+        # [D2] paper: expansion to 512 (2x); released code: 1024 (4x); here: 4x, the only one that gives the paper's
+        # "about 25M parameters" (25.9M against 19.6M).
         self.expand = eqx.nn.Linear(width, 4 * width, key=k_expand)
         self.contract = eqx.nn.Linear(4 * width, width, key=k_contract)
         self.norm = eqx.nn.LayerNorm(width, use_weight=False, use_bias=False)  # FiLM is the scale and shift of the norm
         self.heads = heads
 
     def modulation(self, time: Float[Array, " E"]) -> Float[Array, "4 E"]:
-        """FiLM (Perez et al., 2018): scale and shift before attention, scale and shift before the feed-forward network."""
+        """FiLM (Perez et al., 2018): scale and shift before attention, and again before the feed-forward network."""
         return self.film(time).reshape(4, -1)
 
     def before(self, x: Float[Array, "n E"], film: Float[Array, "4 E"]) -> tuple:
@@ -153,7 +156,8 @@ class Stream(eqx.Module):
         per_head = lambda norm: jax.vmap(jax.vmap(norm))
         return per_head(self.q_norm)(q), per_head(self.k_norm)(k), v
 
-    def after(self, x: Float[Array, "n E"], attended: Float[Array, "n H F"], film: Float[Array, "4 E"]) -> Float[Array, "n E"]:
+    def after(self, x: Float[Array, "n E"], attended: Float[Array, "n H F"],
+              film: Float[Array, "4 E"]) -> Float[Array, "n E"]:
         """Add what attention brought, then the feed-forward network; residual branches are not gated."""
         x = x + jax.vmap(self.out)(attended.reshape(len(x), -1))
         y = jax.vmap(self.norm)(x) * (1 + film[2]) + film[3]
@@ -166,9 +170,9 @@ class Block(eqx.Module):
     streams: tuple[Stream, Stream, Stream]
 
     def __init__(self, width: int, heads: int, treatment_gain: float = 1.0, *, key: PRNGKeyArray):
-        # [D11] paper: silent; released code: no gains; here, at smoke and laptop scale: the values of the treatment stream start
-        # 10 times larger. Its 1 + K tokens stand beside (1 + K) N cells, so attention that has learnt nothing yet drowns
-        # them, and a short training spends most of its updates on finding out that there is a query.
+        # [D11] paper: silent; released code: no gains; here, at smoke and laptop scale: the values of the treatment
+        # stream start 10 times larger. Its 1 + K tokens stand beside (1 + K) N cells, so attention that has learnt
+        # nothing yet drowns them, and a short training spends most of its updates on finding out that there is a query.
         gains = (1.0, 1.0, treatment_gain)
         self.streams = tuple(Stream(width, heads, g, key=k) for g, k in zip(gains, jr.split(key, 3)))
 
@@ -183,7 +187,7 @@ class Block(eqx.Module):
         return tuple(s.after(x, a, f) for s, x, a, f in zip(self.streams, xs, attended, films))
 
 
-# ------------------------------------------------------------------------------------------------ the network (4.1, A.1)
+# ----------------------------------------------------------------------------------------------- the network (4.1, A.1)
 
 
 def time_features(tau: Float[Array, ""], width: int) -> Float[Array, " E"]:
@@ -195,8 +199,8 @@ def time_features(tau: Float[Array, ""], width: int) -> Float[Array, " E"]:
 def gaussian_velocity(y_tau: Float[Array, "N D"], tau: Float[Array, ""]) -> Float[Array, "N D"]:
     """E[Y - Y_0 | Y_tau] if Y is N(0, I): the part of the answer that needs no data.
 
-    [D12] paper and released code: the network is the velocity; here, at smoke and laptop scale: it is what has to be added
-    to this, because learning it takes a short training most of its updates (tokens are normalised, so their size is lost).
+    [D12] paper, released code: the network is the velocity; here, at smoke and laptop scale: it is what must be added
+    to this, because learning it takes a short training most of its updates (tokens are normalised, so size is lost).
     """
     return y_tau * (2 * tau - 1) / (tau**2 + (1 - tau) ** 2)
 
@@ -226,14 +230,15 @@ class MapPFN(eqx.Module):
     def __init__(self, genes: int, width: int, depth: int, heads: int, registers: int, *, attention: str = "auto",
                  remat: bool = False, skip: bool = False, film_query: bool = False, treatment_gain: float = 1.0,
                  key: PRNGKeyArray):
-        """`remat` recomputes a block's activations in the backward pass: slower by a quarter, memory divided by `depth`.
+        """`remat` recomputes a block's activations in the backward pass: a quarter slower, memory divided by `depth`.
 
         `skip` adds to the output the velocity that would be right if all cells were N(0, I), see `gaussian_velocity`;
-        `film_query` lets the query modulate all tokens, as the time does [D34]; `treatment_gain` enlarges the initial weights
-        of the treatment stream [D11].
+        `film_query` lets the query modulate all tokens, as the time does [D34]; `treatment_gain` enlarges the initial
+        weights of the treatment stream [D11].
         """
         if width % (2 * heads) or depth < 1:
-            raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), depth at least 1")
+            raise scales.BadInput(f"width {width} must be a multiple of twice the number of heads ({heads}), "
+                                  "depth at least 1")
         keys = jr.split(key, 14)
         self.noise_in = eqx.nn.Linear(genes, width, key=keys[0])
         self.cells_in = eqx.nn.Linear(genes, width, key=keys[1])
@@ -264,8 +269,8 @@ class MapPFN(eqx.Module):
         """
         observational, interventional, treatment = self.role
         slot = self.slot[slots]  # K E
-        # [D4] paper: an embedding "for each treatment in the context"; released code: slots 0..K-1 in order, the query in slot K;
-        # here: slots drawn at random, the query in none, so that any K up to SLOTS works and order says nothing.
+        # [D4] paper: an embedding "for each treatment in the context"; released code: slots 0..K-1 in order, the query
+        # in slot K; here: slots drawn at random, the query in none, so any K up to SLOTS works and order says nothing.
         controls = jax.vmap(self.cells_in)(observed) + observational + self.is_query  # N E
         context = jax.vmap(jax.vmap(self.cells_in))(context) + interventional + slot[:, None]  # K N E
         cells = jnp.concatenate([controls, context.reshape(-1, controls.shape[-1])]) + self.modality[1]  # (1+K)N E
@@ -274,7 +279,7 @@ class MapPFN(eqx.Module):
             jax.vmap(self.treatments_in)(context_treatments) + slot,
         ]) + treatment + self.modality[2]  # 1+K E
         cells, treatments = jax.vmap(self.cells_mix)(cells), jax.vmap(self.treatments_mix)(treatments)
-        # The null condition of classifier-free guidance: one learnt vector in place of every token of both streams (A.2).
+        # The null condition of classifier-free guidance: one learnt vector instead of each token of both streams (A.2).
         return jnp.where(drop, self.null, cells), jnp.where(drop, self.null, treatments)
 
     def __call__(self, y_tau: Float[Array, "N D"], tau: Float[Array, ""], observed: Float[Array, "M D"],
@@ -282,16 +287,16 @@ class MapPFN(eqx.Module):
                  slots: Int[Array, " K"], drop: Bool[Array, ""]) -> Float[Array, "N D"]:
         """Velocity of each cell (equation 3). `drop` True replaces the condition by the null embedding.
 
-        `slots` are K different numbers below SLOTS. N and M, the cells generated and the cells of a population, may differ.
+        `slots` are K different numbers below SLOTS. N and M, the cells generated and those of a population, may differ.
         """
         noise = jnp.concatenate([self.registers, y_tau])  # R+N D
         noise = jax.vmap(self.noise_in)(noise) + self.modality[0]  # R+N E
         cells, treatments = self.condition(observed, context, context_treatments, query, slots, drop)
         time = self.time(time_features(tau, noise.shape[-1]))  # E
-        # [D34] paper, released code: FiLM by the time alone; here, at smoke and laptop scale: by the time plus the query's token,
-        # as Esser et al. (2024) add the pooled text to the time. A knock-out silences one gene whatever the other cells
-        # say: a product of query and cell, which FiLM is, and which attention takes many more updates to learn.
-        modulation = time + treatments[0] if self.film_query else time  # the null embedding, if the condition is dropped
+        # [D34] paper, released code: FiLM by the time alone; here, at smoke and laptop scale: by the time plus the
+        # query's token, as Esser et al. (2024) add the pooled text to the time. A knock-out silences one gene whatever
+        # other cells say: a product of query and cell, which FiLM is, and attention takes many more updates to learn.
+        modulation = time + treatments[0] if self.film_query else time  # null embedding if the condition is dropped
 
         # All blocks are one scan over their stacked parameters: compiled once, whatever the depth.
         parameters, static = eqx.partition(self.blocks, eqx.is_array)

@@ -3,7 +3,7 @@
 Paper: appendix A.4 (Dopri5, classifier-free guidance), C.3 and Table 7 (its weight), section 6 and Figure 3 (test-time
 augmentation), B.4 (what is held out). Reads `train/<run>/model.eqx` and `data/`, writes `train/<run>/guidance.json` and
 `samples/<experiment>/<method>-split<s>-draw<r>.npz` below out/<scale>; the baselines write their rows beside them, from the
-same tasks. Departures: D9, D10.
+same tasks. Departures: D9, D10, D50.
 
     python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 1 min / -
     python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 4 min / -
@@ -79,7 +79,7 @@ def guided_velocity(model: MapPFN, task: Task, slots: Array, guidance: float | A
     return unconditional + guidance * (conditional - unconditional)
 
 
-def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: int, *,
+def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int | Array, cells: int, *,
          key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
@@ -90,7 +90,7 @@ def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int, cells: 
     slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda tau, y, _: guided_velocity(model, task, slots, guidance, y, tau)), diffrax.Dopri5(),
-        t0=0.0, t1=1.0, dt0=1 / steps, y0=jr.normal(key_noise, (cells, task.target.shape[-1])), max_steps=steps + 1)
+        t0=0.0, t1=1.0, dt0=1 / steps, y0=jr.normal(key_noise, (cells, task.target.shape[-1])))
     return solution.ys[-1]
 
 
@@ -109,18 +109,30 @@ def _flows(model, tasks, keys, guidance, steps, cells):
 
 
 def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0, steps: int = 25,
-             cells: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
+             cells: int | None = None, at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
     """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
 
-    A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
+    `at_once`: give and generate this many cells at a time, and pool them [D50]. A task's cells depend on its own content and
+    its place in the list only, not on the other tasks or the devices.
     """
-    tasks = Task(*tasks[: len(Task._fields)])
+    tasks, given = Task(*tasks[: len(Task._fields)]), tasks.observed.shape[1]
+    cells, size = cells or given, min(at_once or given, given)
+    if size < given:
+        # [D50] paper, released code: as many cells as in training; here: laptop scale trains on 16 and evaluates 100, and a
+        # network that is given all of them attends less to the one token of the query (Figure 5b). Each piece is a task.
+        index = np.arange(-(-max(cells, given) // size) * size).reshape(-1, size) % given  # the last one begins anew
+        again = lambda x: np.repeat(x, len(index), axis=0)
+        divided = lambda x: np.moveaxis(x[..., index, :], -3, 1).reshape(len(x) * len(index), *x.shape[1:-2], size, x.shape[-1])
+        pieces = Task(divided(tasks.observed), divided(tasks.context), again(tasks.context_treatments), again(tasks.query),
+                      divided(tasks.target))
+        pooled = generate(model, pieces, guidance, steps, key=key).reshape(len(tasks.query), -1, tasks.query.shape[1])
+        return pooled[:, :cells]
     count, devices = len(tasks.query), jax.device_count()
     index = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last one again, to fill the devices
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(index)
     tasks = Task(*(x[index] for x in tasks))
-    guidance = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32)  # an array, so that a new weight compiles nothing
-    return np.asarray(_flows(model, tasks, keys, guidance, steps, cells or tasks.observed.shape[1]))[:count]
+    guidance = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32)  # arrays, so that another value compiles nothing
+    return np.asarray(_flows(model, tasks, keys, guidance, jnp.asarray(steps), cells))[:count]
 
 
 def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> tuple[Float[np.ndarray, "P N D"], float]:
@@ -188,7 +200,7 @@ def gene_subsets(rng: np.random.Generator, genes: int, size: int, subsets: int, 
 
 
 def augmented(model: MapPFN, task: Task, size: int, subsets: int, rng: np.random.Generator, guidance: float = 2.0,
-              steps: int = 25, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
+              steps: int = 25, at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
     """Cells of one task [unbatched] with more genes G than the model's D = `size`: predict each subset, pool per gene.
 
     A gene's cells from all subsets that contain it are pooled (6); each gene then keeps a random M of its own, M being what
@@ -197,7 +209,7 @@ def augmented(model: MapPFN, task: Task, size: int, subsets: int, rng: np.random
     treated = np.unique(np.argwhere(np.vstack([task.query[None], task.context_treatments]))[:, 1])
     chosen = gene_subsets(rng, len(task.query), size, subsets, treated)
     tasks = Task(*(np.stack([x[..., genes] for genes in chosen]) for x in task))
-    cells = generate(model, tasks, guidance, steps, key=key)  # subsets N D
+    cells = generate(model, tasks, guidance, steps, at_once=at_once, key=key)  # subsets N D
     pools = []
     for gene in range(len(task.query)):
         subset, column = np.nonzero(chosen == gene)
@@ -261,7 +273,7 @@ def main() -> None:
             given = tasks._replace(context=tasks.context[:, :k], context_treatments=tasks.context_treatments[:, :k])
             key = jr.key(int(train.seeded(s.seed, split, draw, row).integers(2**31)))
             guidance = chosen_guidance(s, file, head, model, screen) if s.guidance is None else s.guidance
-            cells = generate(model, given, guidance, s.steps, key=key)
+            cells = generate(model, given, guidance, s.steps, at_once=head["cells"], key=key)
             cells, clipped = clip_expression(cells, screen.log_expression)
             seconds = train.seconds(file.with_name("log.csv"))
             meta = {"experiment": s.experiment, "method": method, "split": split, "resampling": draw, "seed": s.seed,

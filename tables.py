@@ -1,11 +1,11 @@
-"""Stage 8 of 8, the report: every table with the paper's value beside ours, every figure, and the paper's claims one by one.
+"""Stage 8 of 8, the report: every table with the paper's value beside ours, every figure, and each claim of the paper.
 
-Paper: section 6, Tables 1 to 4. Reads `samples/<experiment>/*.json` (metrics.py) and `*.npz`, `train/`, and `figures/*.json`
-(figures.py) below out/<scale>, writes `report.md`, `report.json` and `prediction.png` there. No cell is typed in: what was
-not run says why.
+Paper: section 6, Tables 1 to 4. Reads `samples/<experiment>/*.json` (metrics.py) and `*.npz`, `train/`, and
+`figures/*.json` (figures.py) below out/<scale>, writes `report.md`, `report.json` and `prediction.png` there. No cell
+is typed in: what was not run says why.
 
     python tables.py --scale smoke|laptop|paper     seconds
-    python tables.py --reference                    the identity and observed rows of Table 2 at the paper's own size, which
+    python tables.py --reference                    identity and observed rows of Table 2 at the paper's own size, which
                                                     need no training: two minutes on a CPU core, into out/reference.md
 Departures: D10, D32, D33 and those of the metrics, D27 to D31.
 """
@@ -99,7 +99,7 @@ class Settings:
     out: Path = Path("out")  # everything is below out/<scale>
 
 
-# ------------------------------------------------------------------------------------------------------ collecting results
+# --------------------------------------------------------------------------------------------------- collecting results
 
 
 def row_of(method: str) -> str:
@@ -108,13 +108,14 @@ def row_of(method: str) -> str:
 
 
 def collect(folder: Path) -> dict[str, list[dict]]:
-    """Row -> the results (meta and metrics) of all its files in `folder`. Raises BadInput for a file without metrics."""
+    """Row -> the results (meta and metrics) of all its files in `folder`. Raises BadInput if a file has no metrics."""
     rows: dict[str, list[dict]] = {}
     for file in sorted(folder.glob("*.npz")):
         result = file.with_suffix(".json")
         if not metrics.up_to_date(file):
             raise BadInput(f"{result}: missing, or older than {file.name}; make it with python metrics.py {folder}")
-        rows.setdefault(row_of(json.loads(result.read_text())["meta"]["method"]), []).append(json.loads(result.read_text()))
+        rows.setdefault(row_of(json.loads(result.read_text())["meta"]["method"]), []).append(
+            json.loads(result.read_text()))
     return rows
 
 
@@ -136,7 +137,7 @@ def per_unit(results: list[dict], metric: str) -> dict[str, float]:
 def units(results: list[dict], metric: str) -> list[float]:
     """The values whose mean and spread a cell shows: one for each file (split, draw or seed).
 
-    One file of several contexts (Table 2 with a single seed, whose held-out graphs are contexts) gives one for each context.
+    One file of several contexts (Table 2 with a single seed, whose held-out graphs are contexts) gives one for each.
     """
     if len(results) == 1:
         return list(per_unit(results, metric).values())
@@ -145,7 +146,7 @@ def units(results: list[dict], metric: str) -> list[float]:
 
 
 def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> tuple[float, float, int] | None:
-    """By how much row a is better than row b (positive: better): mean over shared units, its standard error, their number.
+    """By how much row a beats row b (positive: better): mean over shared units, its standard error, their number.
 
     Better is higher for AUPRC, closer to 1 for MR, lower otherwise. None if fewer than two units are shared.
     """
@@ -167,7 +168,7 @@ def best_simple(rows: dict[str, list[dict]], metric: str) -> str | None:
 
 
 def summarise(rows: dict[str, list[dict]], experiment: str, titles: dict[str, str] | None = None) -> list[dict]:
-    """One entry a row, in the order of `titles` (ROWS): for each metric our mean, sd and n, and the paper's mean and sd."""
+    """One entry a row, in the order of `titles` (ROWS): for each metric our mean, sd and n, the paper's mean and sd."""
     table = []
     for row, title in (titles or ROWS).items():
         if row not in rows:
@@ -192,7 +193,7 @@ def summarise(rows: dict[str, list[dict]], experiment: str, titles: dict[str, st
 
 
 def budget(metas: list[dict]) -> dict | None:
-    """Updates, parameters and seconds of the fits (mean over them) that a trained row stands for; None for the others."""
+    """Updates, parameters and seconds of the fits (mean over them) that a trained row stands for; None for others."""
     if "training" in metas[0]:  # MapPFN: the header of its checkpoint
         head = metas[0]["training"]
         return {"updates": head["updates"], "batch": f"{head['micro_batch'] * head['accumulate']} tasks",
@@ -205,15 +206,16 @@ def budget(metas: list[dict]) -> dict | None:
 
 
 def gap_closed(table: list[dict]) -> dict[str, float]:
-    """Share of the RMSE between identity (0) and the fresh oracle (1) that each row closes; beyond both it leaves [0, 1]."""
+    """Share of the RMSE between identity (0) and fresh oracle (1) that a row closes; beyond both it leaves [0, 1]."""
     value = {e["row"]: e["metrics"]["rmse"]["mean"] for e in table}
     if not {"identity", "oracle"} <= value.keys():
         return {}
     gap = value["identity"] - value["oracle"]
-    return {row: (value["identity"] - v) / gap for row, v in value.items() if row not in ("identity", "oracle", "observed")}
+    return {row: (value["identity"] - v) / gap for row, v in value.items()
+            if row not in ("identity", "oracle", "observed")}
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def cell(entry: dict | None, paper: bool = True) -> str:
@@ -230,7 +232,8 @@ def markdown(table: list[dict], wanted: tuple[str, ...] = tuple(COLUMNS), paper:
     """The lines of one table; columns without any value are left out."""
     shown = [m for m in wanted if any(m in e["metrics"] for e in table)]
     lines = ["| | " + " | ".join(COLUMNS[m][0] for m in shown) + " |", "|---" * (1 + len(shown)) + "|"]
-    return lines + [f"| {e['title']} | " + " | ".join(cell(e["metrics"].get(m), paper) for m in shown) + " |" for e in table]
+    return lines + [f"| {e['title']} | " + " | ".join(cell(e["metrics"].get(m), paper) for m in shown) + " |"
+                    for e in table]
 
 
 def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
@@ -248,7 +251,8 @@ def comparison(rows: dict[str, list[dict]], table: list[dict]) -> list[str]:
             found = advantage(rows, e["row"], best[m], m)
             cells.append(f"{found[0] * COLUMNS[m][1]:+.3f} ± {found[1] * COLUMNS[m][1]:.3f}" if found else "–")
         lines.append(f"| {e['title']} | " + " | ".join(cells) + " |")
-    count = max((found[2] for e in trained for m in shown if (found := advantage(rows, e["row"], best[m], m))), default=0)
+    count = max((found[2] for e in trained for m in shown if (found := advantage(rows, e["row"], best[m], m))),
+                default=0)
     return [*lines, "", f"Paired differences, mean ± standard error over {count} units (held-out graphs, or splits); "
             "positive: the trained row is better. MR: how much closer to 1."] if count else []
 
@@ -343,14 +347,15 @@ def picture(root: Path, path: Path) -> bool:
         axis.set(xlabel=f"{genes[g]} [{unit}]", ylabel=f"cells of {len(target)}",
                  title="treated gene" if g == gene else "most changed other gene")
     axes[1].legend(frameon=False)
-    figure.suptitle(f"{TITLES[p.meta['experiment']]}, {p.meta['scale']} scale, first test condition of split 0", fontsize=10)
+    figure.suptitle(f"{TITLES[p.meta['experiment']]}, {p.meta['scale']} scale, first test condition of split 0",
+                    fontsize=10)
     with scales.atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     return True
 
 
-# ---------------------------------------------------------------------------------------- the paper's claims (section 6)
+# --------------------------------------------------------------------------------------- the paper's claims (section 6)
 
 DISTANCES = ("wasserstein", "mmd", "rmse")
 # Number, statement, experiment (leukemia stands for any real screen), row a, rows that it must beat, in which metrics.
@@ -369,7 +374,7 @@ COMPARISONS = [
 
 
 def verdict(found: list[tuple[float, float, int]]) -> str:
-    """Reproduced if every advantage exceeds two standard errors; in part if some do; undecided if none does either way."""
+    """Reproduced if all advantages exceed two standard errors; in part if some do; undecided if none do either way."""
     above = [mean > 2 * error for mean, error, _ in found]
     below = [mean < -2 * error for mean, error, _ in found]
     if all(above):
@@ -403,12 +408,14 @@ def other_claims(everything: dict) -> list[tuple[int, str, str, str]]:
     statement = "CondOT and MFM stay near identity on linear SCMs (MR about 0.1), MapPFN does not"
     mr = {row: np.mean(list(per_unit(r, "magnitude_ratio").values())) for row, r in everything["linear"].items()}
     if {"condot", "mfm", "mappfn"} <= mr.keys():
-        claims.append((2, statement, "reproduced" if max(mr["condot"], mr["mfm"]) < 0.3 < mr["mappfn"] else "not reproduced",
+        claims.append((2, statement,
+                       "reproduced" if max(mr["condot"], mr["mfm"]) < 0.3 < mr["mappfn"] else "not reproduced",
                        f"MR {mr['condot']:.2f}, {mr['mfm']:.2f} and {mr['mappfn']:.2f}; other control cells would give "
                        f"{mr.get('oracle', float('nan')):.2f} for the truth itself"))
     else:
         claims.append((2, statement, "not run", "no such rows"))
-    statement = "Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline trained on real cells"
+    statement = ("Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline "
+                 "trained on real cells")
     trained = [row for row in PUBLISHED if real and row in everything[real]]
     if trained and "mappfn-pretrained" in everything[real]:
         found = {row: advantage(everything[real], "mappfn-pretrained", row, "auprc") for row in trained}
@@ -430,7 +437,7 @@ def spread(differences: list[float]) -> tuple[float, float, int]:
 def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
     """The claims that a figure shows: number, statement, verdict, evidence. A figure that was not run says so."""
     def sweep(name: str, first: Callable, statement: str, number: int):
-        """W2 at the first value of the sweep minus W2 at its last, for each curve, paired within held-out graph or split."""
+        """W2 at the sweep's first value minus W2 at its last, for each curve, paired within held-out graph or split."""
         found, text = [], []
         for experiment, e in figures[name]["data"]["experiments"].items():
             start = first(e)
@@ -449,10 +456,12 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
         for place in places:
             if ("paired", place) in curves and ("unpaired", place) in curves:
                 tail = max(2, len(curves["paired", place]) // 3)  # the last third of the snapshots of one run each
-                points = {run: curves[run, place].reshape(len(curves[run, place]), -1).mean(1) for run in ("paired", "unpaired")}
+                points = {run: curves[run, place].reshape(len(curves[run, place]), -1).mean(1)
+                          for run in ("paired", "unpaired")}
                 one, other = (points[run][-tail:] for run in ("paired", "unpaired"))
                 found.append(spread(list(one - other)))
-                text.append(f"{place}: {one.mean():.2f} against {other.mean():.2f}, last {tail} snapshots of one run each")
+                text.append(f"{place}: {one.mean():.2f} against {other.mean():.2f}, "
+                            f"last {tail} snapshots of one run each")
         return number, statement, verdict(found) if found else "not run", "; ".join(text) or "one prior only"
 
     def augmentation(statement: str, number: int):
@@ -476,7 +485,8 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
                 covered[name, what] = float(mass[np.array(prior[what]["density"]) > 0].sum() / mass.sum())
         text = ", ".join(f"{name} {what} {share:.1%}" for (name, what), share in sorted(covered.items()))
         outcome = "not run" if not covered else "reproduced" if min(covered.values()) > 0.95 else "not reproduced"
-        return number, statement, outcome, f"share in bins that the prior reaches: {text}" if covered else "no real screen"
+        return (number, statement, outcome,
+                f"share in bins that the prior reaches: {text}" if covered else "no real screen")
 
     claims = []
     for name, make, statement, number in (
@@ -484,7 +494,8 @@ def figure_claims(figures: dict) -> list[tuple[int, str, str, str]]:
             ("tta", augmentation, "Test-time augmentation raises AUPRC (Figure 3)", 9),
             ("context", lambda *a: sweep("context", lambda e: e["x"].index(1) if 1 in e["x"] else 0, *a),
              "More context experiments lower W2 (Figure 5a)", 10),
-            ("cells", lambda *a: sweep("cells", lambda e: e["x"].index(e["trained"]) if e["trained"] in e["x"] else 0, *a),
+            ("cells",
+             lambda *a: sweep("cells", lambda e: e["x"].index(e["trained"]) if e["trained"] in e["x"] else 0, *a),
              "More cells than were trained with lower W2 (Figure 5b)", 11),
             ("coverage", coverage, "The prior covers the range of real expression and fold changes (Figure 6)", 12)):
         known = name in figures and "not_run" not in figures[name]
@@ -502,16 +513,18 @@ def checklist(everything: dict, document: dict, tag: str) -> list[str]:
         claims.append((number, f"{statement} [{experiment}]", *judge(everything[experiment], a, others, wanted)))
     document["claims"] = [dict(zip(("number", "statement", "verdict", "evidence"), claim)) for claim in sorted(claims)]
     return [f"## What the paper claims, and what was found{tag}", "",
-            "Evidence: by how much the first is better, mean ± standard error of paired differences (positive: better).", "",
+            "Evidence: by how much the first is better, mean ± standard error of paired differences "
+            "(positive: better).", "",
             "| | claim | here | evidence |", "|---|---|---|---|",
-            *(f"| {c['number']} | {c['statement']} | **{c['verdict']}** | {c['evidence']} |" for c in document["claims"]), ""]
+            *(f"| {c['number']} | {c['statement']} | **{c['verdict']}** | {c['evidence']} |"
+              for c in document["claims"]), ""]
 
 
 # ------------------------------------------------------------------------- the rows that need no training (Table 2)
 
 
 def reference(s: Settings) -> None:
-    """Identity, observed and fresh oracle on linear SCMs of the paper's size: D = 20, 500 cells, 200 of them compared."""
+    """Identity, observed and fresh oracle on linear SCMs of the paper's size: D = 20, 500 cells, 200 compared."""
     rng = np.random.default_rng(np.random.SeedSequence([s.seed, s.graphs]))
     rows: dict[str, list[dict]] = {row: [] for row in ("identity", "observed", "oracle", "target-only")}
     start, paper = time.perf_counter(), scales.at("paper", "linear", "evaluate")
@@ -527,16 +540,18 @@ def reference(s: Settings) -> None:
              f"{s.graphs} random graphs, seed {s.seed}, mean ± standard deviation over graphs; "
              f"{time.perf_counter() - start:.0f} s; revision {scales.revision()}.", "", *markdown(table), ""]
     write(s.out / "reference.md", "\n".join(lines))
-    write(s.out / "reference.json", json.dumps({"graphs": s.graphs, "seed": s.seed, "rows": table} | environment(), indent=1))
+    write(s.out / "reference.json",
+          json.dumps({"graphs": s.graphs, "seed": s.seed, "rows": table} | environment(), indent=1))
     print("\n".join(lines) + f"\nwritten to {s.out / 'reference.md'}")
 
 
 def table_1(document: dict, tag: str) -> list[str]:
-    """What each method is told besides the cells that it transforms, as its class declares (a test sees that it is so)."""
+    """What each method is told besides the cells that it transforms, as its class declares (a test checks it)."""
     takes = {ROWS[row]: set(trained_class(row).conditions_on) for row in PUBLISHED}
     takes["MapPFN"] = {"treatment", "controls", "context experiments"}  # the fields of data.Task
     columns = {"treatment": "treatment", "context": "number of the biological context",
-               "controls": "control population (observational)", "context experiments": "context experiments (interventional)"}
+               "controls": "control population (observational)",
+               "context experiments": "context experiments (interventional)"}
     document["tables"]["inputs"] = {row: sorted(known) for row, known in takes.items()}
     mark = lambda known, column: "yes" if column in known else "no"
     return [f"## Table 1. What each method conditions on{tag}", "",
@@ -544,7 +559,8 @@ def table_1(document: dict, tag: str) -> list[str]:
             *(f"| {row} | " + " | ".join(mark(known, c) for c in columns) + " |" for row, known in takes.items()), ""]
 
 
-def section(document: dict, name: str, title: str, rows: dict, experiment: str, titles: dict | None = None) -> list[str]:
+def section(document: dict, name: str, title: str, rows: dict, experiment: str,
+            titles: dict | None = None) -> list[str]:
     """The lines of one table with all that belongs to it; its numbers go into `document`."""
     table = summarise(rows, experiment, titles)
     gap = gap_closed(table)
@@ -593,14 +609,16 @@ def main() -> None:
             document["tables"][experiment] = {"not_run": reason}
     lines += figures(root, document)
     lines += checklist(everything, document, tag)
-    document |= environment() | {"seconds": stage_times(root), "settings": {k: scales.at(s.scale, k) for k in scales.TABLE}}
+    document |= environment() | {"seconds": stage_times(root),
+                                 "settings": {k: scales.at(s.scale, k) for k in scales.TABLE}}
     lines += ["## Run", "", f"Revision {document['revision']}, {document['device']}, Python {document['python']}, "
               + ", ".join(f"{k} {v}" for k, v in document["versions"].items()) + ".", ""]
     if document["seconds"]:
         lines += ["| stage | seconds |", "|---|---|", *(f"| {k} | {v:.0f} |" for k, v in document["seconds"].items()),
                   f"| all | {sum(document['seconds'].values()):.0f} |", ""]
     lines += ["Settings, as in `scales.py`:", ""]
-    lines += [f"- {part}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for part, values in document["settings"].items()]
+    lines += [f"- {part}: " + ", ".join(f"{k} {v}" for k, v in values.items())
+              for part, values in document["settings"].items()]
     if picture(root, root / "prediction.png"):
         lines += ["", "![A prediction against the truth](prediction.png)"]
     write(root / "report.md", "\n".join(lines) + "\n")

@@ -6,7 +6,7 @@ Reads `prior/` or `data/` below out/<scale>, writes `train/<run>/model.eqx` (EMA
 
     python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 3 min / 8 h
     python train.py grn      --scale smoke|laptop|paper   pre-training on prior.py's GRNs:             1 / 7 min / 36 h
-    python train.py finetune --dataset leukemia           from the GRN model, a run for each split: 1 / 20 s each / 10 min
+    python train.py finetune --dataset leukemia           from the GRN model, a run per split: 1 / 20 s each / 10 min
     python train.py scratch  --dataset leukemia           the same from random initialisation
 (the times are for two CPU cores at smoke and laptop scale and, as the paper reports them, one 80 GB GPU at paper scale)
 
@@ -44,7 +44,8 @@ from prior import linear_screen, load_grn_screen
 from scales import BadInput
 
 SECTIONS = {  # of the table of scales, for each kind of run
-    "linear": ("model", "linear"), "grn": ("model", "grn"), "finetune": ("model", "real"), "scratch": ("model", "real", "scratch"),
+    "linear": ("model", "linear"), "grn": ("model", "grn"), "finetune": ("model", "real"),
+    "scratch": ("model", "real", "scratch"),
 }
 
 
@@ -96,20 +97,20 @@ class Settings:
     snapshots: int = 0  # EMA models kept on the way, for Figure 2
 
 
-# ------------------------------------------------------------------------------------ the objective (eq. 3, Algorithm 1)
+# ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
 
 
 def task_loss(model: MapPFN, task: Task, drop_condition: float, *, key: PRNGKeyArray) -> Float[Array, ""]:
-    """Flow-matching loss of one task: how far the velocity is from the straight line from noise to data (equation 3)."""
+    """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3)."""
     key_tau, key_noise, key_drop, key_slots = jr.split(key, 4)
     tau = jax.nn.sigmoid(jr.normal(key_tau))  # LogitNormal(0, 1) (A.2)
     noise = jr.normal(key_noise, task.target.shape)  # Y_0
     y_tau = (1 - tau) * noise + tau * task.target
-    slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]  # at random, so that the order of experiments says nothing
+    slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]  # random, so the order of experiments says nothing
     drop = jr.bernoulli(key_drop, drop_condition)  # trains the unconditional flow that guidance needs (A.2)
     velocity = model(y_tau, tau, task.observed, task.context, task.context_treatments, task.query, slots, drop)
-    # [D5] paper: squared Frobenius norm (a sum); released code and here: the mean over cells and genes, which only rescales
-    # the loss, so that the clipping threshold and the learning rate keep their meaning at every size.
+    # [D5] paper: squared Frobenius norm (a sum); released code and here: the mean over cells and genes, which only
+    # rescales the loss, so that the clipping threshold and the learning rate keep their meaning at every size.
     return jnp.mean((velocity - (task.target - noise)) ** 2)
 
 
@@ -132,8 +133,8 @@ class State(NamedTuple):
 def schedule(s: Settings) -> optax.Schedule:
     """Warm-up, stable, decay: linear up, constant, then peak * (1 - sqrt(progress)) down to zero (A.2).
 
-    [D1] paper: "steps"; released code: the schedule counts updates but the run's length counts micro-batches, so warm-up is
-    8 times too long and the decay is never reached; here both count updates, and the decay ends with the run.
+    [D1] paper: "steps"; released code: the schedule counts updates but the run's length counts micro-batches, so
+    warm-up is 8 times too long and the decay is never reached; here both count updates and the decay ends with the run.
     """
     warmup, decay = max(1, round(s.warmup * s.updates)), max(1, round(s.decay * s.updates))
 
@@ -148,8 +149,8 @@ def schedule(s: Settings) -> optax.Schedule:
 def make_optimiser(s: Settings) -> optax.GradientTransformation:
     """AdamW on gradients clipped by their global norm; the learning rate can be read back from its state.
 
-    [D6] paper: silent; released code: clips each micro-batch; here: clips the accumulated gradient once per update, as the
-    threshold is meant for the step that is taken.
+    [D6] paper: silent; released code: clips each micro-batch; here: clips the accumulated gradient once per update, as
+    the threshold is meant for the step that is taken.
     """
     adamw = optax.inject_hyperparams(optax.adamw)(schedule(s), b1=s.b1, b2=s.b2, weight_decay=s.weight_decay)
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
@@ -158,8 +159,8 @@ def make_optimiser(s: Settings) -> optax.GradientTransformation:
 def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
     """The jitted update: (state, tasks [A, B, ...], key) -> (state, loss, gradient norm).
 
-    Data parallel: each device of `mesh` computes the gradient of its share of every micro-batch, and the mean over devices is
-    what the optimiser sees. A laptop's cores work as devices too: two of them, one thread each, beat one with two threads.
+    Data parallel: each device of `mesh` computes the gradient of its share of every micro-batch; the optimiser sees the
+    mean over devices. A laptop's cores work as devices too: two of them, one thread each, beat one with two threads.
     """
     optimiser = make_optimiser(s)
     each, split = PartitionSpec(), PartitionSpec(None, "data")
@@ -190,13 +191,13 @@ def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
 def averaged(s: Settings, state: State) -> PyTree:
     """The EMA weights that inference uses (A.2).
 
-    [D8] paper, released code: no correction; here: divided by 1 - ema^n, so that an average that started from zero does not
-    remember it, and a run of a few hundred updates can be used.
+    [D8] paper, released code: no correction; here: divided by 1 - ema^n, so that an average that started from zero does
+    not remember it, and a run of a few hundred updates can be used.
     """
     return jax.tree.map(lambda a: a / (1 - s.ema ** state.update.astype(jnp.float32)), state.average)
 
 
-# ------------------------------------------------------------------------------------------------------- sources of tasks
+# ----------------------------------------------------------------------------------------------------- sources of tasks
 
 
 def run_key(seed: int, use: Literal["initialisation", "updates", "validation"]) -> PRNGKeyArray:
@@ -206,7 +207,7 @@ def run_key(seed: int, use: Literal["initialisation", "updates", "validation"]) 
 
 def seeded(*numbers: int) -> np.random.Generator:
     """A generator of its own for each tuple of numbers."""
-    return np.random.default_rng(np.random.SeedSequence([len(numbers), *numbers]))  # NumPy pads with zeros: (1, 0) is (1,)
+    return np.random.default_rng(np.random.SeedSequence([len(numbers), *numbers]))  # NumPy pads with 0: (1, 0) is (1,)
 
 
 TASKS, GRAPHS, HELD_OUT = range(3)  # the last number of a seed: what it is used for
@@ -226,24 +227,25 @@ class Source:
             if generation != self.generation:
                 self.screen = linear_screen(seeded(s.seed, generation, GRAPHS), s.contexts, s.genes, s.population)
                 self.generation = generation
-        tasks = sample_tasks(seeded(s.seed, update, TASKS), self.screen, s.accumulate * s.micro_batch, s.cells, s.context)
+        tasks = sample_tasks(seeded(s.seed, update, TASKS), self.screen, s.accumulate * s.micro_batch,
+                             s.cells, s.context)
         return Task(*(x.reshape(s.accumulate, s.micro_batch, *x.shape[1:]) for x in tasks))
 
 
 def validation_tasks(s: Settings, screen: Screen | None, tasks: int = 64) -> Task | None:
-    """Held-out tasks, the same throughout a run: unseen DAGs, unseen GRNs, or validation conditions; None if there are none."""
+    """Held-out tasks, fixed for a run: unseen DAGs, unseen GRNs, or validation conditions; None if there are none."""
     rng = seeded(s.seed, 0, HELD_OUT)
     if s.what == "linear":
         screen = linear_screen(rng, tasks, s.genes, s.population)
         return sample_tasks(rng, screen, tasks, s.cells, s.context)
-    split = TEST if s.what == "grn" else VALIDATION  # held-out GRNs; of real cells the test conditions are never touched
+    split = TEST if s.what == "grn" else VALIDATION  # held-out GRNs; of real cells, test conditions are never touched
     return sample_tasks(rng, screen, tasks, s.cells, s.context, split) if (screen.split == split).any() else None
 
 
 def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable[[State], float]:
     """Loss of the EMA weights on `tasks`, always with the same times and noise. It computes, and changes nothing.
 
-    [D7] paper: silent; released code: a validation batch goes through the training step and so updates the weights, also on
+    [D7] paper: silent; released code: a validation batch goes through the training step and so updates weights, also on
     the real cells that zero-shot results are reported on; here it is a function of the state that returns a number.
     """
     if tasks is None:
@@ -258,11 +260,11 @@ def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable
     return lambda state: float(loss(averaged(s, state)))
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-REPORTING = {"log_every", "validate_every", "checkpoint_seconds", "out", "attention", "remat", "splits", "init", "scale",
-             "name", "snapshots"}
+REPORTING = {"log_every", "validate_every", "checkpoint_seconds", "out", "attention", "remat", "splits", "init",
+             "scale", "name", "snapshots"}
 
 
 def header(s: Settings) -> dict:
@@ -289,7 +291,8 @@ def read_leaves(path: Path, like: Callable[[dict], PyTree]) -> tuple[dict, PyTre
             raise
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); delete it to train anew") from None
+            raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); "
+                           "delete it to train anew") from None
 
 
 def check_same(path: Path, head: dict, s: Settings) -> None:
@@ -297,7 +300,8 @@ def check_same(path: Path, head: dict, s: Settings) -> None:
     other = {k: head.get(k) for k, v in header(s).items() if head.get(k) != v}
     if other:
         wanted = ", ".join(f"{k} {header(s)[k]} (there: {v})" for k, v in other.items())
-        raise BadInput(f"{path}: made with other settings: {wanted}; use another --out, or delete its folder to train anew")
+        raise BadInput(f"{path}: made with other settings: {wanted}; "
+                       "use another --out, or delete its folder to train anew")
 
 
 def build(s: Settings | dict, seed: int = 0) -> MapPFN:
@@ -310,10 +314,10 @@ def build(s: Settings | dict, seed: int = 0) -> MapPFN:
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:
     """Header and EMA model of a finished run. Raises BadInput if the file is missing or damaged."""
-    return read_leaves(path, lambda head: eqx.filter_eval_shape(build, head))  # shapes only: numbers take seconds to make
+    return read_leaves(path, lambda head: eqx.filter_eval_shape(build, head))  # shapes only: numbers take seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------- one run
+# -------------------------------------------------------------------------------------------------------------- one run
 
 
 LOG = ("update", "tasks", "loss", "validation_loss", "learning_rate", "gradient_norm", "tasks_per_second")
@@ -352,20 +356,22 @@ def start(s: Settings, path: Path) -> tuple[State, MapPFN]:
     if s.what == "finetune":
         source = s.init or s.out / s.scale / "train" / "grn-seed0" / "model.eqx"
         head, model = load_model(source)
-        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ("genes", "width", "depth", "heads", "registers", "skip",
-                 "film_query") if head.get(k) != getattr(s, k)]
+        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}"
+                 for k in ("genes", "width", "depth", "heads", "registers", "skip", "film_query")
+                 if head.get(k) != getattr(s, k)]
         if wrong:
             raise BadInput(f"{source}: a checkpoint of another configuration: {'; '.join(wrong)}")
         model = eqx.combine(eqx.filter(model, eqx.is_inexact_array), build(s))
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
-    state = State(parameters, make_optimiser(s).init(parameters), jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), int))
+    state = State(parameters, make_optimiser(s).init(parameters), jax.tree.map(jnp.zeros_like, parameters),
+                  jnp.zeros((), int))
     if path.is_file():
         head, state = read_leaves(path, lambda head: check_same(path, head, s) or state)
     return state, static
 
 
 def train(s: Settings, folder: Path, screen: Screen | None = None, update_function: Callable | None = None) -> Callable:
-    """Train, or go on training, until `folder/model.eqx` is written; returns the jitted update for runs of the same shape.
+    """Train, or go on, until `folder/model.eqx` is written; returns the jitted update for runs of the same shape.
 
     Raises BadInput if the folder holds a run with other settings, or if the screen does not fit the model.
     """
@@ -375,7 +381,8 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
     if s.context > SLOTS:
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
     if screen is not None and len(screen.genes) != s.genes:
-        raise BadInput(f"the data have {len(screen.genes)} genes, the model {s.genes}; prepare them with --genes {s.genes}")
+        raise BadInput(f"the data have {len(screen.genes)} genes, the model {s.genes}; "
+                       f"prepare them with --genes {s.genes}")
     source, valid = Source(s, screen), validation_tasks(s, screen)
     first = source(0)  # a bad combination of screen, K and N shows here, before anything is written
     state, static = start(s, folder / "checkpoint.eqx")
@@ -385,8 +392,9 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
     shard = NamedSharding(mesh, PartitionSpec(None, "data"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     print(f"{folder}: {s.updates} updates of {s.accumulate} x {s.micro_batch} tasks of {first.query.shape[-1]} genes, "
-          f"{s.cells} cells, K = {s.context}; {count_parameters(state.parameters) / 1e6:.2f}M parameters, {mesh.size} x "
-          f"{jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""), flush=True)
+          f"{s.cells} cells, K = {s.context}; {count_parameters(state.parameters) / 1e6:.2f}M parameters, "
+          f"{mesh.size} x {jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""),
+          flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     log, saved = Log(folder / "log.csv", done), time.monotonic()
@@ -404,11 +412,13 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
             check = validate(state) if (i + 1) % s.validate_every == 0 or last else None
             log.row(update=i + 1, tasks=(i + 1) * s.micro_batch * s.accumulate, loss=f"{mean:.6g}",
                     validation_loss="" if check is None else f"{check:.6g}", gradient_norm=f"{float(norm):.4g}",
-                    learning_rate=f"{float(state.optimiser[1].hyperparams['learning_rate']):.6g}", tasks_per_second=f"{rate:.1f}")
+                    learning_rate=f"{float(state.optimiser[1].hyperparams['learning_rate']):.6g}",
+                    tasks_per_second=f"{rate:.1f}")
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} tasks/s", refresh=False)
             losses, since = [], (time.monotonic(), i + 1)
         if s.snapshots and (i + 1) * s.snapshots // s.updates > i * s.snapshots // s.updates:
-            write_leaves(folder / "snapshots" / f"update-{i + 1}.eqx", header(s) | {"update": i + 1}, averaged(s, state))
+            write_leaves(folder / "snapshots" / f"update-{i + 1}.eqx", header(s) | {"update": i + 1},
+                         averaged(s, state))
         if not losses and not last and time.monotonic() - saved > s.checkpoint_seconds:  # right after a row of the log
             write_leaves(folder / "checkpoint.eqx", header(s) | {"update": i + 1}, state)
             saved = time.monotonic()
@@ -428,7 +438,8 @@ def runs(s: Settings) -> list[tuple[Settings, Path, Path | None]]:
         return [(s, root / "train" / name, None)]
     files = [root / "data" / s.dataset / f"split-{i}.h5ad" for i in range(s.splits)]
     if not files[0].is_file():
-        raise BadInput(f"{files[0]}: no such file; prepare it with python data.py --dataset {s.dataset} --scale {s.scale}")
+        raise BadInput(f"{files[0]}: no such file; "
+                       f"prepare it with python data.py --dataset {s.dataset} --scale {s.scale}")
     return [(dataclasses.replace(s, seed=s.seed + i), root / "train" / f"{s.what}-{s.dataset}-split{i}", file)
             for i, file in enumerate(files)]
 
@@ -439,7 +450,7 @@ def grn_screen(s: Settings) -> Screen:
 
 
 def use_all_cores(micro_batch: int) -> None:
-    """Make each CPU core a device of its own, as many as divide the micro-batch. Without effect where there is a GPU."""
+    """Make each CPU core a device of its own, as many as divide the micro-batch. No effect where there is a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if micro_batch % n == 0))
 

@@ -1,9 +1,9 @@
 """Stage 5 of 8 (beside `sample.py`), the baselines: predictions of simpler rules and of five published methods.
 
-Paper: 5.2, appendix C.1, C.3. Reads what `sample.py` evaluates on (its `evaluation_sets`) and writes files of predictions
-`out/<scale>/samples/<experiment>/<method>-split<s>-draw<r>.npz` for `metrics.py`; with `--search`, a table of validation
-errors `out/<scale>/search/<experiment>-<method>.json` instead. One file for each method; `simple.py` has the rows without
-training, `fitting.py` what the trained ones share.
+Paper: 5.2, appendix C.1, C.3. Reads what `sample.py` evaluates on (its `evaluation_sets`) and writes files of
+predictions `out/<scale>/samples/<experiment>/<method>-split<s>-draw<r>.npz` for `metrics.py`; with `--search`, a table
+of validation errors `out/<scale>/search/<experiment>-<method>.json` instead. One file for each method; `simple.py` has
+the rows without training, `fitting.py` what the trained ones share.
 
     python -m baselines toy --scale smoke
     python -m baselines linear                              # laptop scale: a minute
@@ -12,8 +12,8 @@ training, `fitting.py` what the trained ones share.
     python -m baselines linear --methods condot --search    # Table 7's grid, chosen on validation conditions
 Departures from the paper, marked where they happen: D32, D33, and those of the methods, D35 to D48.
 
-MapPFN sees the training half of the held-out context as its interventional context only; a baseline is trained on it, and on
-all other contexts (B.4).
+MapPFN sees the training half of the held-out context as its interventional context only; a baseline is trained on it,
+and on all other contexts (B.4).
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Baseline(Protocol):
 # target, because that is what a perfect model would score.
 REFERENCES = {"observed": "again", "oracle": "fresh"}
 
-# Row -> file, class, and the options in which it differs from the method's row of the table of scales. The rows that end in
+# Row -> file, class, and the options in which it differs from the method's row of the table of scales. Rows that end in
 # "-released" show what a released default that we depart from gives; CondOT's, an ordinary random initialisation.
 TRAINED = {
     "cpa": ("cpa", "CPA", {}),
@@ -78,7 +78,7 @@ PUBLISHED = {"linear": ("condot", "mfm", "condot-released")}  # trained rows of 
 class Settings:
     """Write the predictions of the baselines."""
     experiment: tyro.conf.Positional[str]               # linear, or a folder below out/<scale>/data
-    methods: tuple[str, ...] = ()                       # rows to compute; all that the paper has, and the simple ones, if none
+    methods: tuple[str, ...] = ()                       # rows to compute; if none, all the paper's and the simple ones
     search: bool = False                                # try Table 7's grid on validation conditions instead
     eval_cells: int = 200                               # cells per population that metrics compare (B.3)
     genes: int = 20                                     # linear: variables D (5.1)
@@ -114,7 +114,8 @@ def predict_with(baseline: Baseline, screen: Screen, tasks: EvaluationTask, rng:
     cells = np.array([baseline.predict(controls, int(c), treatment, rng) for controls, c, treatment
                       in zip(tasks.identity, tasks.context_index, tasks.query)])
     names = np.array(screen.context_names)[tasks.context_index]
-    return Predictions(tasks.observed, tasks.identity, tasks.target, cells, tasks.query, names, screen.log_expression, {})
+    return Predictions(tasks.observed, tasks.identity, tasks.target, cells, tasks.query,
+                       names, screen.log_expression, {})
 
 
 def reference(row: str, screen: Screen, tasks: EvaluationTask) -> Predictions:
@@ -126,7 +127,8 @@ def reference(row: str, screen: Screen, tasks: EvaluationTask) -> Predictions:
                        names[keep], screen.log_expression, {})
 
 
-def predict_all(row: str, screen: Screen, tasks: EvaluationTask, rng: np.random.Generator, scale: str = "paper") -> Predictions:
+def predict_all(row: str, screen: Screen, tasks: EvaluationTask, rng: np.random.Generator,
+                scale: str = "paper") -> Predictions:
     """The predictions of one row for all conditions, without `meta`."""
     if row in REFERENCES:
         return reference(row, screen, tasks)
@@ -147,15 +149,17 @@ def training_screen(s: Settings, screen: Screen) -> Screen:
     return join_screens(screen, graphs)  # behind, so that the contexts of `screen` keep their numbers
 
 
-def write(s: Settings, rows: tuple[str, ...], split: int, screen: Screen, draws: list[tuple[int, EvaluationTask]]) -> None:
-    """Write the files of one split, except for those that are finished. Each row is fitted once for all draws of cells."""
+def write(s: Settings, rows: tuple[str, ...], split: int, screen: Screen,
+          draws: list[tuple[int, EvaluationTask]]) -> None:
+    """Write the files of one split, except those that are finished. Each row is fitted once for all draws of cells."""
     kept = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("methods", "search", "out")}
     training = None
     for row, seed in itertools.chain.from_iterable(
             [(row, i) for i in range(s.seeds if row in TRAINED and s.experiment == "linear" else 1)] for row in rows):
         label = row if not (row in TRAINED and s.experiment == "linear") else f"{row}-seed{seed}"
         folder = s.out / s.scale / "samples" / s.experiment
-        todo = [(draw, tasks) for draw, tasks in draws if not finished(folder / f"{label}-split{split}-draw{draw}.npz", kept)]
+        todo = [(draw, tasks) for draw, tasks in draws
+                if not finished(folder / f"{label}-split{split}-draw{draw}.npz", kept)]
         if not todo:
             print(f"{label}-split{split}: already done", flush=True)
             continue
@@ -172,18 +176,20 @@ def write(s: Settings, rows: tuple[str, ...], split: int, screen: Screen, draws:
             rng = generator(1, draw)
             p = reference(row, screen, tasks) if row in REFERENCES else predict_with(baseline, screen, tasks, rng)
             if not len(p.target):
-                print(f"{label}-split{split}-draw{draw}: not run: no condition has cells besides the target's", flush=True)
+                print(f"{label}-split{split}-draw{draw}: not run: no condition has cells besides the target's",
+                      flush=True)
                 continue
             meta = {"experiment": s.experiment, "method": label, "split": split, "resampling": draw, "seed": seed,
                     "scale": s.scale, "revision": scales.revision(), "settings": kept,
                     "seconds": round(time.perf_counter() - start, 3)} | about
             save_predictions(folder / f"{label}-split{split}-draw{draw}.npz", p._replace(meta=meta))
             start = time.perf_counter()
-        print(f"{label}-split{split}: {len(p.target)} of {len(tasks.query)} conditions, {meta['seconds']} s", flush=True)
+        print(f"{label}-split{split}: {len(p.target)} of {len(tasks.query)} conditions, {meta['seconds']} s",
+              flush=True)
 
 
 def validation_screen(screen: Screen, rng: np.random.Generator) -> Screen:
-    """The screen with its VALIDATION conditions; where there are none, one training condition of each context becomes one."""
+    """The screen with its VALIDATION conditions; if it has none, one training condition of each context becomes one."""
     if (screen.split == VALIDATION).any():
         return screen
     split = screen.split.copy()
@@ -193,12 +199,13 @@ def validation_screen(screen: Screen, rng: np.random.Generator) -> Screen:
 
 
 def search(s: Settings, row: str, screen: Screen) -> None:
-    """Fit every setting of Table 7's grid and write the RMSE on validation conditions; test conditions are never used."""
+    """Fit every setting of Table 7's grid, write the RMSE on validation conditions; test conditions are never used."""
     if row not in GRIDS:
         raise BadInput(f"--search --methods {row}: Table 7 has a grid for {' and '.join(GRIDS)} only")
     rng = np.random.default_rng([s.seed, zlib.crc32(b"search")])
     screen = validation_screen(screen, rng)
-    tasks, training, results = evaluation_tasks(rng, screen, s.eval_cells, 0, VALIDATION), training_screen(s, screen), []
+    tasks, training, results = (evaluation_tasks(rng, screen, s.eval_cells, 0, VALIDATION),
+                                training_screen(s, screen), [])
     for values in itertools.product(*GRIDS[row].values()):
         options = dict(zip(GRIDS[row], values))
         p = predict_with(make(row, s.scale, training, np.random.default_rng(s.seed), **options), screen, tasks, rng)
@@ -208,7 +215,8 @@ def search(s: Settings, row: str, screen: Screen) -> None:
     best = min(results, key=lambda r: r["validation_rmse"])
     path = s.out / s.scale / "search" / f"{s.experiment}-{row}.json"
     with scales.atomic(path) as temporary:
-        temporary.write_text(json.dumps({"row": row, "best": best, "all": results, "revision": scales.revision()}, indent=1))
+        temporary.write_text(json.dumps({"row": row, "best": best, "all": results, "revision": scales.revision()},
+                                        indent=1))
     print(f"best: {best['options']}; written to {path}; set it in the table of scales.py", flush=True)
 
 

@@ -1,10 +1,10 @@
 """CellFlow (Klein et al., 2025): a flow from control cells to the treated cells that optimal transport pairs them with.
 
-Paper: 5.2, C.1, C.3; conditions on the treatment and on the biological context as a covariate (Table 1): it knows which context
-it is by name only, and never sees its population. Control and treated cells of one condition are paired in each batch by
-entropic optimal transport; a network gives the velocity of a cell from encodings of the cell, the time and the condition.
-To predict, solve the ODE from each control cell. Reads and writes nothing. Departures, marked where they happen: D35,
-D39, D38, D41, D40.
+Paper: 5.2, C.1, C.3; conditions on the treatment and on the biological context as a covariate (Table 1): it knows which
+context it is by name only, and never sees its population. Control and treated cells of one condition are paired in each
+batch by entropic optimal transport; a network gives the velocity of a cell from encodings of the cell, the time and the
+condition. To predict, solve the ODE from each control cell. Reads and writes nothing. Departures, marked where they
+happen: D35, D39, D38, D41, D40.
 
     symbol       name here       shape     meaning
     x0, x1       controls,       n D       source cells and cells of one condition, of the same biological context
@@ -112,7 +112,8 @@ class Velocity(eqx.Module):
         parts = jnp.concatenate([self.treatment(treatment), self.context(context)])
         return self.dropout(self.merge(parts), key=key, inference=key is None)
 
-    def __call__(self, x: Float[Array, " D"], time: Float[Array, ""], condition: Float[Array, " E"]) -> Float[Array, " D"]:
+    def __call__(self, x: Float[Array, " D"], time: Float[Array, ""],
+                 condition: Float[Array, " E"]) -> Float[Array, " D"]:
         # Angles up to 10 t: with more, the velocity is so rough in time that the solver needs many steps.
         time = self.time(time_features(time / 10, self.time.in_size))
         return self.decoder(jnp.concatenate([self.cell(x), time, condition]))
@@ -155,15 +156,16 @@ def make_step(options: Options) -> fitting.Step:
 
 
 @eqx.filter_jit
-def transport(model: Velocity, controls: Float[Array, "N D"], treatment: Float[Array, " D"], context: Float[Array, " C"],
-              tolerance: Float[Array, ""]) -> Float[Array, "N D"]:
+def transport(model: Velocity, controls: Float[Array, "N D"], treatment: Float[Array, " D"],
+              context: Float[Array, " C"], tolerance: Float[Array, ""]) -> Float[Array, "N D"]:
     """The ODE dx/dt = v from each control cell at t = 0 to t = 1, Dopri5 with steps of each cell's own."""
     condition = model.condition(treatment, context)
     term = diffrax.ODETerm(lambda t, x, _: model(x, t, condition))
     controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
 
     def one(x):
-        return diffrax.diffeqsolve(term, diffrax.Dopri5(), t0=0.0, t1=1.0, dt0=None, y0=x, stepsize_controller=controller,
+        return diffrax.diffeqsolve(term, diffrax.Dopri5(), t0=0.0, t1=1.0, dt0=None, y0=x,
+                                   stepsize_controller=controller,
                                    throw=False).ys[-1]  # infinite if it fails, which whoever writes the cells will see
 
     return jax.vmap(one)(controls)
@@ -196,5 +198,6 @@ class CellFlow:
         """Each control cell, carried along the flow; not random, so `rng` is not used."""
         hot = (np.arange(len(self.known_contexts)) == context) * self.known_contexts
         one_hots = (jnp.asarray(v, jnp.float32) for v in (treatment * self.known, hot))
-        cells = transport(self.model, jnp.asarray(controls, jnp.float32), *one_hots, jnp.asarray(self.options.tolerance))
+        cells = transport(self.model, jnp.asarray(controls, jnp.float32), *one_hots,
+                          jnp.asarray(self.options.tolerance))
         return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
-    """All conditions that are TRAIN, of contexts that have control cells; with the controls' own (treatment zero) if asked.
+    """All TRAIN conditions, of contexts that have control cells; with the controls' own (treatment zero) if asked.
 
     Raises BadInput if there is none.
     """
@@ -62,7 +62,7 @@ def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
     rows = np.zeros(len(screen.cells), bool)
     for c, t in {*zip(contexts, treatments), *((c, CONTROL) for c in contexts)}:
         rows[screen.start[c, t] :][: screen.count[c, t]] = True
-    # NaN, so that a look at another condition would show; not left out, so that all splits have one shape and compile once.
+    # NaN, so that a look at another condition would show; not left out, so all splits have one shape and compile once.
     cells = jnp.asarray(np.where(rows[:, None], screen.cells, np.nan))
     return Cells(cells, of(screen.start, treatments), of(screen.count, treatments), of(screen.start, CONTROL),
                  of(screen.count, CONTROL), of(screen.treatments, treatments), jnp.asarray(contexts))
@@ -80,14 +80,14 @@ def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
 def seen_genes(screen: Screen) -> Bool[np.ndarray, "D"]:
     """Genes that were treated in some training condition.
 
-    [D35] paper: silent; released code: the one-hot of another gene meets weights as they were initialised, which is noise;
+    [D35] paper: silent; released code: the one-hot of another gene meets weights as initialised, which is noise;
     here: each method multiplies the treatment by this unless its option `unseen` is "random".
     """
     return screen.treatments[(screen.split == TRAIN) & (screen.count > 0)].any(0)
 
 
-# A step: (state, data, update number, key) -> (state, loss). Jitted once per function and shapes, in chunks of updates, so
-# that a small step is not slowed by its own launch. Methods `functools.cache` the function that makes their step.
+# A step: (state, data, update number, key) -> (state, loss). Jitted once per function and shapes, in chunks of updates,
+# so that a small step is not slowed by its own launch. Methods `functools.cache` the function that makes their step.
 Step = Callable[[PyTree, Cells, Int[Array, ""], PRNGKeyArray], tuple[PyTree, Float[Array, ""]]]
 CHUNK = 50  # updates per launch
 
@@ -109,7 +109,7 @@ def _chunk(step: Step):
 
 
 def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key: PRNGKeyArray) -> PyTree:
-    """`updates` steps, rounded up to whole chunks; returns the last state: models, optimiser states, whatever `step` takes.
+    """`updates` steps, rounded up to chunks; returns the last state: models, optimiser states, whatever `step` takes.
 
     Prints updates, loss and seconds. Raises BadInput if the loss is no longer finite.
     """
@@ -117,8 +117,10 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key:
     for first in tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2):
         state, losses = _chunk(step)(state, data, key, jnp.asarray(first))
         if not np.isfinite(losses := np.asarray(losses)).all():
-            raise BadInput(f"{name}: the loss is no longer finite after {first + CHUNK} updates; lower its learning rate")
-    print(f"  {name}: {updates} updates, last losses {losses.mean():.4g}, {time.perf_counter() - began:.1f} s", flush=True)
+            raise BadInput(f"{name}: the loss is no longer finite after {first + CHUNK} updates; "
+                           "lower its learning rate")
+    print(f"  {name}: {updates} updates, last losses {losses.mean():.4g}, {time.perf_counter() - began:.1f} s",
+          flush=True)
     return state
 
 

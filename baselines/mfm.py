@@ -1,13 +1,13 @@
 """Meta flow matching, MFM (Atanackovic et al., 2025): a flow that carries control cells to treated cells, told by an
 embedding of the whole control population which population it is.
 
-Paper: 5.2, C.1, C.3; conditions on the treatment and on the control population (Table 1), not on the number of the context,
-so that a context never trained on is like any other. A graph network embeds the control cells; a second network gives the
-velocity of a cell, from the cell, the time, the treatment and the embedding. To predict, embed the control cells once, then
-solve the ODE from each of them. Reads and writes nothing. Departures, marked where they happen: D35, D37.
+Paper: 5.2, C.1, C.3; conditions on the treatment and on the control population (Table 1), not on the context's number,
+so that a context never trained on is like any other. A graph network embeds the control cells; a second network gives
+the velocity of a cell, from the cell, the time, the treatment and the embedding. To predict, embed the control cells
+once, then solve the ODE from each of them. Reads and writes nothing. Departures, marked where they happen: D35, D37.
 
     symbol       name here       shape     meaning
-    x0, x1       controls,       n D       source cells and cells of one condition, paired at random (no optimal transport)
+    x0, x1       controls,       n D       source cells, cells of one condition, paired at random (no optimal transport)
                  treated
     x_t          x               D         (1 - t) x0 + t x1, a cell on its way
     t            time                      flow time, 0 control, 1 treated
@@ -70,7 +70,8 @@ class Encoder(eqx.Module):
 
     def __init__(self, genes: int, embedding: int, neighbours: int, *, key: PRNGKeyArray):
         key_first, key_second = jr.split(key)
-        self.layers = eqx.nn.Linear(genes, embedding, key=key_first), eqx.nn.Linear(embedding, embedding, key=key_second)
+        self.layers = (eqx.nn.Linear(genes, embedding, key=key_first),
+                       eqx.nn.Linear(embedding, embedding, key=key_second))
         self.neighbours = neighbours
 
     def __call__(self, x: Float[Array, "n D"]) -> Float[Array, " E"]:
@@ -106,9 +107,10 @@ class Flow(eqx.Module):
 
     def __call__(self, x: Float[Array, " D"], time: Float[Array, ""], embedding: Float[Array, " E"],
                  treatment: Float[Array, " D"]) -> Float[Array, " D"]:
-        angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x          # F: small angles, a smooth function of x
+        angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x          # F: small angles, so smooth in x
         # Time with angles up to 10 t: with more, the velocity is so rough in time that the solver needs many steps.
-        h = jnp.concatenate([embedding, time_features(time / 10, len(angle)), jnp.cos(angle), jnp.sin(angle), x, treatment])
+        h = jnp.concatenate([embedding, time_features(time / 10, len(angle)), jnp.cos(angle), jnp.sin(angle),
+                             x, treatment])
         h = jax.nn.selu(self.first(h))                                             # W
         h, _ = jax.lax.scan(lambda h, layer: (h + jax.nn.selu(layer(h)), None), h, self.hidden)
         return self.last(h)
@@ -169,8 +171,8 @@ def transport(encoder: Encoder, flow: Flow, controls: Float[Array, "N D"], treat
 class MFM:
     """Meta flow matching, fitted to the training conditions of a screen.
 
-    The one-hot of a treatment that was never trained on counts as zero (`unseen`). A population of fewer than K + 1 cells is a
-    complete graph. The number of the biological context is not used.
+    The one-hot of a treatment that was never trained on counts as zero (`unseen`). A population of fewer than K + 1
+    cells is a complete graph. The number of the biological context is not used.
     """
 
     conditions_on = ("treatment", "controls")  # Table 1

@@ -116,7 +116,7 @@ class ConstantMean(ContextMean):
 
 
 class TargetGene(ContextMean):
-    """The context's mean effect, with the treated gene moved by the mean relative self-effect of the training treatments.
+    """The context's mean effect, with the treated gene moved by the mean relative self-effect of training treatments.
 
     If training knock-outs left 0.2 of their own gene's mean on average, so will this one. Linear SCMs: do(t) tells.
     """
@@ -138,11 +138,11 @@ class TargetGene(ContextMean):
 
 
 class BilinearRidge(ContextMean):
-    """effects = G W P' + b (Ahlmann-Eltze et al., 2025): G the principal components of the training effects (D x d), P an
-    embedding of the treated gene, from its correlations with all genes over the control cells (Q x d), W by ridge regression.
+    """effects = G W P' + b (Ahlmann-Eltze et al., 2025): G the principal components of training effects (D x d), P an
+    embedding of the treated gene from its correlation with all genes over control cells (Q x d), W by ridge regression.
 
-    The ridge penalty is chosen by leaving out one training gene at a time, so test conditions have no say. What is fitted is
-    what the context's mean effect leaves, so that an infinite penalty is the row "context mean effect".
+    The ridge penalty is chosen by leaving out one training gene at a time, so test conditions have no say. What is
+    fitted is what the context's mean effect leaves, so that an infinite penalty is the row "context mean effect".
     """
 
     RANK = 10
@@ -155,7 +155,7 @@ class BilinearRidge(ContextMean):
                                    for c in e.control_means])
         centred = controls - controls.mean(0)
         _, _, axes = np.linalg.svd(centred / np.maximum(centred.std(0), 1e-6), full_matrices=False)
-        self.embedding = axes[: self.RANK].T * np.sqrt(axes.shape[1])                              # D d, one row for each gene
+        self.embedding = axes[: self.RANK].T * np.sqrt(axes.shape[1])                              # D d, a row per gene
         genes = np.unique(e.genes[e.genes >= 0])                                                   # Q
         beyond = e.effects - [e.of_context(int(c)) for c in e.contexts]                            # R D
         rest = np.array([beyond[e.genes == g].mean(0) for g in genes]).reshape(len(genes), len(self.embedding))  # Q D
@@ -165,10 +165,12 @@ class BilinearRidge(ContextMean):
         solve = lambda p, y, penalty: np.linalg.solve(p.T @ p + penalty * np.eye(p.shape[1]), p.T @ y)
         self.penalty = np.inf
         if len(genes) > 2:
-            error = {penalty: np.mean([(scores[q] - p[q] @ solve(np.delete(p, q, 0), np.delete(scores, q, 0), penalty)) ** 2
-                                       for q in range(len(genes))]) for penalty in self.PENALTIES}
+            error = {
+                penalty: np.mean([(scores[q] - p[q] @ solve(np.delete(p, q, 0), np.delete(scores, q, 0), penalty)) ** 2
+                                  for q in range(len(genes))]) for penalty in self.PENALTIES}
             self.penalty = min(error, key=error.get)
-        self.weights = solve(p, scores, self.penalty) if np.isfinite(self.penalty) else np.zeros((p.shape[1], scores.shape[1]))
+        self.weights = (solve(p, scores, self.penalty) if np.isfinite(self.penalty)
+                        else np.zeros((p.shape[1], scores.shape[1])))
 
     def delta(self, context, treatment):
         gene = int(treated_gene(treatment))

@@ -52,10 +52,10 @@ def trained(tmp_path_factory) -> Trained:
     import train
 
     settings = train.Settings(
-        "linear", scale="smoke", genes=5, width=16, depth=2, heads=2, registers=2, remat=False, skip=True, film_query=True,
-        treatment_gain=10.0, contexts=16, refresh=50, population=32, cells=6, context=2, updates=120, micro_batch=8,
-        accumulate=1, learning_rate=3e-3, warmup=0.1, weight_decay=1e-2, ema=0.98, log_every=1, validate_every=1000,
-        out=tmp_path_factory.mktemp("out"))
+        "linear", scale="smoke", genes=5, width=16, depth=2, heads=2, registers=2, remat=False, skip=True,
+        film_query=True, treatment_gain=10.0, contexts=16, refresh=50, population=32, cells=6, context=2, updates=120,
+        micro_batch=8, accumulate=1, learning_rate=3e-3, warmup=0.1, weight_decay=1e-2, ema=0.98, log_every=1,
+        validate_every=1000, out=tmp_path_factory.mktemp("out"))
     (_, folder, _), = train.runs(settings)
     return Trained(settings, folder, train.train(settings, folder))
 

@@ -1,5 +1,5 @@
-"""Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files are
-written once."""
+"""Claims about baselines/simple.py and the stage: known effects are recovered, test cells are never looked at, files
+are written once."""
 
 import dataclasses
 import importlib
@@ -126,7 +126,7 @@ def test_unmeasured_target():
 
 
 def test_target_gene_scales_what_training_knock_outs_left():
-    """If knock-outs leave a fifth of their own gene, the row leaves a fifth of a new one's; the others get the mean effect."""
+    """If knock-outs leave a fifth of their gene, the row leaves a fifth of a new one; others get the mean effect."""
     shifts = np.zeros((3, GENES + 1, GENES))
     for c in range(3):
         shifts[c, 1:] = 0.5 - np.eye(GENES) * (0.5 + 0.8 * (5 + c))
@@ -139,7 +139,7 @@ def test_target_gene_scales_what_training_knock_outs_left():
 
 
 def test_bilinear_ridge_finds_effects_that_follow_co_expression():
-    """Where an effect is a linear function of the treated gene's co-expression, the row is closer than the context mean;
+    """Where an effect is linear in the treated gene's co-expression, the row is closer than the context mean;
     where effects are noise, the penalty chosen without test conditions makes it nearly that row."""
     rng, genes, pool = np.random.default_rng(0), 24, 200
     angles = rng.uniform(0, 2 * np.pi, genes)
@@ -162,13 +162,14 @@ def test_bilinear_ridge_finds_effects_that_follow_co_expression():
 
 
 def test_joined_screens_hold_what_both_held():
-    """Every condition of two joined screens has the cells, treatment and use that it had alone; the first keep their numbers."""
+    """Every condition of joined screens has the cells, treatment and use it had alone; the first keep their numbers."""
     a, b = make_screen(shifts_by_treatment(), seed=1), make_screen(shifts_by_treatment(contexts=2), seed=2, contexts=2)
     both = join_screens(a, b)
     for screen, offset in ((a, 0), (b, 3)):
         for c, t in np.ndindex(screen.count.shape):
             rows = lambda x, i: x.cells[x.start[i, t] :][: x.count[i, t]]
-            assert np.array_equal(rows(both, c + offset), rows(screen, c)) and both.split[c + offset, t] == screen.split[c, t]
+            assert (np.array_equal(rows(both, c + offset), rows(screen, c))
+                    and both.split[c + offset, t] == screen.split[c, t])
     assert both.context_names == a.context_names + b.context_names
 
 
@@ -231,13 +232,14 @@ def test_no_training_condition_is_bad_input():
 
 @pytest.mark.parametrize("row", ["cpa", "condot", "mfm", "cellflow", "state"])
 def test_trained_rows_take_what_table_1_says(row):
-    """Another treatment changes the prediction of a cell; another number of the context, or other cells beside it, do exactly
-    if the class says so."""
+    """Another treatment changes the prediction of a cell; another number of the context, or other cells beside it, do
+    exactly if the class says so."""
     screen = make_screen(shifts_by_treatment())
     baseline = baselines.make(row, "smoke", screen, np.random.default_rng(0))
     controls = tasks_of(screen).identity[0][:16]
     hot = lambda gene: np.eye(GENES, dtype=np.float32)[gene] * np.float32(0.8)
-    predict = lambda controls, context, gene: baseline.predict(controls, context, hot(gene), np.random.default_rng(0))[0]
+    predict = lambda controls, context, gene: baseline.predict(controls, context, hot(gene),
+                                                               np.random.default_rng(0))[0]
     same = predict(controls, 0, 1)
     differs = lambda other: not np.allclose(other, same, atol=1e-4)
     others = np.concatenate([controls[:1], controls[1:] * 1.5])
@@ -248,7 +250,7 @@ def test_trained_rows_take_what_table_1_says(row):
 
 @pytest.mark.parametrize("row", ["cpa", "condot", "mfm", "cellflow", "state"])
 def test_paper_scale_is_the_method_s_own(row):
-    """The paper column of the table of scales holds the defaults of the method's Options, so no default has two values."""
+    """The paper column of the table of scales holds the method's default Options, so no default has two values."""
     options = importlib.import_module(f"baselines.{row}").Options
     assert options(**scales.at("paper", row)) == options()
 
@@ -290,8 +292,8 @@ def test_stage_writes_every_row_once(stage, capsys):
 
 
 def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
-    """Of Table 7's grid the setting with the lowest RMSE on validation conditions is written down; cells of test conditions
-    are NaN here, and no prediction file is written."""
+    """Of Table 7's grid the setting with the lowest RMSE on validation conditions is written down; cells of test
+    conditions are NaN here, and no prediction file is written."""
     class Shift:
         def __init__(self, screen, options):
             self.off = abs(options["hidden"] - 128) + options["layers"]
@@ -309,7 +311,7 @@ def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
 
 
 def test_a_screen_without_validation_conditions_gets_one_of_each_context():
-    """One training treatment of each context is held back, none of the test ones, and only if there is no validation yet."""
+    """One training treatment of each context is held back, no test one, and only if there is no validation yet."""
     screen = make_screen(shifts_by_treatment())
     assert baselines.validation_screen(screen, np.random.default_rng(0)) is screen
     bare = dataclasses.replace(screen, split=np.where(screen.split == VALIDATION, TRAIN, screen.split))

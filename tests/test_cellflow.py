@@ -62,7 +62,7 @@ def fitted():
 
 
 def test_shifts_are_recovered_in_a_held_out_context(fitted):
-    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, and as far as the truth."""
+    """Treatments that do the same everywhere are right where not trained on: PDS 0, and as far as the truth."""
     screen, method = fitted
     tasks = evaluation_tasks(np.random.default_rng(1), screen, CELLS, 2)
     known = [i for i, query in enumerate(tasks.query) if not np.array_equal(query, one_hot(UNSEEN))]
@@ -97,7 +97,7 @@ def test_treatments_give_different_cells(fitted):
 
 
 def test_seed_and_training_cells_decide_everything():
-    """The same seed gives the same cells bit for bit, with all test conditions' cells replaced by NaN; another does not."""
+    """The same seed gives the same cells bit for bit, with all test conditions' cells NaN; another does not."""
     screen = make_screen()
     cells = screen.cells.copy()
     for c, t in np.argwhere(screen.split == TEST):
@@ -144,7 +144,8 @@ def test_small_epsilon_is_the_assignment():
 def test_default_epsilon_finds_the_pairs_of_a_shift():
     """Of a pure shift most mass is on the true pairs at the default epsilon, and hardly any at the released 1."""
     x, y, partner = pure_shift()
-    mass = [float(cellflow.coupling(x, y, e)[np.arange(len(x)), partner].sum()) for e in (cellflow.Options().epsilon, 1.0)]
+    mass = [float(cellflow.coupling(x, y, e)[np.arange(len(x)), partner].sum())
+            for e in (cellflow.Options().epsilon, 1.0)]
     assert mass[0] > 0.7 and mass[1] < 0.2
 
 
@@ -236,7 +237,7 @@ def test_constant_gene_single_control_cell_and_expression():
     screen = make_screen()
     cells, start, count = screen.cells.copy() - 3, screen.start.copy(), screen.count.copy()
     cells[:, 0], count[0, 0] = 0, 1
-    start[0, 1], count[0, 1] = 1, 2 * POOL - 1  # the other controls' rows: as many rows as before, so nothing recompiles
+    start[0, 1], count[0, 1] = 1, 2 * POOL - 1  # the other controls' rows: as many as before, so nothing recompiles
     screen = dataclasses.replace(screen, cells=cells, start=start, count=count, log_expression=True)
     predicted = predict(fit(screen), controls(screen, 1), 1)
     assert np.isfinite(predicted).all() and predicted.min() == 0 < predicted.max()

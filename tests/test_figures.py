@@ -35,8 +35,8 @@ def truthful(monkeypatch) -> list[SimpleNamespace]:
     """Every model exists and predicts the true cells, as many as are asked for; W2 is cheap. Returns what was asked."""
     calls = []
 
-    def generate(model, tasks, guidance=2.0, steps=20, cells=None, *, key):
-        calls.append(SimpleNamespace(tasks=tasks, guidance=guidance, steps=steps, cells=cells, key=key))
+    def generate(model, tasks, guidance=2.0, steps=20, cells=None, at_once=None, *, key):
+        calls.append(SimpleNamespace(tasks=tasks, guidance=guidance, steps=steps, cells=cells, at_once=at_once, key=key))
         return tasks.target[:, :cells]
 
     def wasserstein(x, y):
@@ -156,6 +156,7 @@ def test_only_one_thing_varies(s, truthful, leukemia, what):
         largest = run[-1].tasks
         for call in run:
             assert (call.key == runs[0][0].key).all() and call.cells == s.cells
+            assert call.at_once == (None if what == "cells" else HEAD["cells"])  # [D50]
             np.testing.assert_array_equal(call.tasks.query, largest.query)
             np.testing.assert_array_equal(call.tasks.target, largest.target)
             _, k, n, _ = call.tasks.context.shape

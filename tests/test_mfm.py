@@ -1,4 +1,4 @@
-"""Claims about baselines/mfm.py: a population's embedding is invariant, networks train in turn, effects are recovered."""
+"""Claims about baselines/mfm.py: a population's embedding is invariant, networks take turns, effects are recovered."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def fitted():
 
 
 def test_shifts_are_recovered_in_a_held_out_context(fitted):
-    """Treatments that do the same everywhere are right where they were not trained on: PDS 0, and as far as the truth."""
+    """Treatments that do the same everywhere are right where not trained on: PDS 0, and as far as the truth."""
     screen, method = fitted
     tasks = evaluation_tasks(np.random.default_rng(1), screen, CELLS, 2)
     known = [i for i, query in enumerate(tasks.query) if not np.array_equal(query, one_hot(UNSEEN))]
@@ -79,7 +79,7 @@ def test_shifts_are_recovered_in_a_held_out_context(fitted):
 
 
 def test_the_population_decides():
-    """An effect of opposite sign in two populations is learnt, and a cell goes the way of the population that it is in."""
+    """An effect of opposite sign in two populations is learnt, and a cell goes the way of its population."""
     sign = np.array([1, -1, 1])[:, None, None]
     shifts = sign * np.broadcast_to(2.0 * (np.arange(GENES + 1) > 0)[:, None], (CONTEXTS, GENES + 1, GENES))
     screen = make_screen(shifts)
@@ -102,7 +102,7 @@ def test_treatments_give_different_cells(fitted):
 
 
 def test_seed_and_training_cells_decide_everything():
-    """The same seed gives the same cells bit for bit, with all test conditions' cells replaced by NaN; another does not."""
+    """The same seed gives the same cells bit for bit, with all test conditions' cells NaN; another does not."""
     screen = make_screen()
     cells = screen.cells.copy()
     for c, t in np.argwhere(screen.split == TEST):
@@ -145,7 +145,7 @@ def test_a_dead_embedding_is_finite():
 
 
 def test_one_network_at_a_time():
-    """A step is Adam's on the flow with the encoder as it was, then Adam's on the encoder with the new flow; by hand."""
+    """A step is Adam's on the flow with the old encoder, then Adam's on the encoder with the new flow; by hand."""
     screen, options = make_screen(), dataclasses.replace(SMALL, learning_rate=0.02)
     data, key, adam = fitting.training_cells(screen), jr.key(3), optax.adam(options.learning_rate)
     encoder, flow = mfm.Encoder(GENES, 8, 3, key=jr.key(0)), mfm.Flow(GENES, options, key=jr.key(1))
@@ -170,7 +170,7 @@ def test_one_network_at_a_time():
 
 
 def test_solver_agrees_with_small_steps(fitted):
-    """With a small tolerance the solver ends where 1000 midpoint steps of the same velocity end, by default nearly there."""
+    """With a small tolerance the solver ends where 1000 midpoint steps of its velocity end, by default nearly there."""
     screen, method = fitted
     x, t = jnp.asarray(controls(screen)), jnp.asarray(one_hot(1))
     embedding = method.encoder(x)
@@ -223,7 +223,7 @@ def test_constant_gene_single_control_cell_and_expression():
     screen = make_screen()
     cells, start, count = screen.cells.copy() - 3, screen.start.copy(), screen.count.copy()
     cells[:, 0], count[0, 0] = 0, 1
-    start[0, 1], count[0, 1] = 1, 2 * POOL - 1  # the other controls' rows: as many rows as before, so nothing recompiles
+    start[0, 1], count[0, 1] = 1, 2 * POOL - 1  # the other controls' rows: as many as before, so nothing recompiles
     screen = dataclasses.replace(screen, cells=cells, start=start, count=count, log_expression=True)
     predicted = predict(fit(screen), controls(screen, 1), 1)
     assert np.isfinite(predicted).all() and predicted.min() == 0 < predicted.max()

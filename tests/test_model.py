@@ -158,7 +158,7 @@ def test_time_enters_through_film_only(run, network):
 
 
 def test_treatment_gain_touches_the_treatment_stream_only():
-    """[D11] It multiplies its values by the gain and its input weights by sqrt(D); queries, keys, other streams stay."""
+    """[D11] It multiplies its values by the gain, its input weights by sqrt(D); queries, keys, other streams stay."""
     start = lambda net: (net.treatments_in.weight, net.cells_in.weight, *(s.qkv.weight for s in net.blocks.streams))
     draw = lambda gain: start(MapPFN(GENES, WIDTH, DEPTH, 2, 2, treatment_gain=gain, key=jr.key(0)))
     plain, large = (jax.jit(draw, static_argnums=0)(gain) for gain in (1.0, 10.0))
@@ -187,8 +187,8 @@ def test_skip_adds_the_gaussian_velocity(run, network):
 
 
 def test_film_by_query_is_a_direct_path_from_the_query(network):
-    """[D34] With every attention output switched off, the query still reaches the velocity, unless the condition is dropped;
-    without the flag it cannot."""
+    """[D34] With every attention output switched off, the query still reaches the velocity, unless the condition is
+    dropped; without the flag it cannot."""
     mute = lambda net: eqx.tree_at(lambda n: [s.out.weight for s in n.blocks.streams], net,
                                    [jnp.zeros_like(s.out.weight) for s in net.blocks.streams])
     one, two = inputs(), inputs() | {"query": inputs(1)["query"]}
@@ -211,7 +211,7 @@ def test_looped_attention_is_plain_attention(tokens):
 
 
 def test_padding_without_a_mask_changes_the_result():
-    """[D3] 23 zero keys, which round 41 tokens up to 64, take attention away from the 41: outputs shrink by more than a tenth."""
+    """[D3] 23 zero keys, rounding 41 tokens up to 64, take attention from the 41: outputs shrink by over a tenth."""
     q, k, v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 41, 2, 8)), jnp.float32)
     pad = lambda x: jnp.pad(x, ((0, 23), (0, 0), (0, 0)))
     right, wrong = model.plain_attention(q, k, v), model.plain_attention(pad(q), pad(k), pad(v))[:41]

@@ -194,7 +194,7 @@ def test_knock_out_moves_direct_targets_only():
 
 
 def test_the_target_of_a_lost_sole_regulator_can_rise():
-    """A weak regulator is knocked out, and its only target becomes a master regulator: its mean goes *up* (sergio-rs)."""
+    """A weak regulator is knocked out; its only target becomes a master regulator: its mean goes *up* (sergio-rs)."""
     weak = network_of({(0, 1): 0.1, (2, 3): 2.0}, 4)
     control, treated = (prior.simulate_condition(weak, t, 400, 1, 2, 3).mean(0) for t in (CONTROL, 1))
     ratio = treated / treated[2] * control[2] / control

@@ -80,7 +80,7 @@ def test_ledger_and_code_name_the_same_departures():
     assert len(listed) == len(set(listed)) and tagged == set(listed)
 
 
-# ------------------------------------------------------------------------------------------- the results, and where they are from
+# --------------------------------------------------------------------------------- the results, and where they are from
 
 REPORT = ROOT / "results" / "laptop" / "report.json"
 TABLES = re.findall(r"<!-- report\.json (\S+): ([\w ]+) -->\n\n((?:\|.*\n)+)", TEXT)
@@ -100,7 +100,7 @@ def test_tables_are_the_report_s():
 
 
 def test_numbers_in_the_prose_are_the_report_s():
-    """Every number between the tables of the results is in the committed report too; nothing is told that is not in it."""
+    """Every number between the results' tables is in the committed report too; nothing is told that is not in it."""
     section = TEXT.split("## Results at laptop scale")[1].split("\n## ")[0]
     prose = re.sub(r"<!--.*?-->|(?m:^\|.*$)|\]\(.*?\)", " ", section)
     report = (ROOT / "results" / "laptop" / "report.md").read_text(encoding="utf-8")

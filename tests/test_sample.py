@@ -43,8 +43,8 @@ def model(trained) -> MapPFN:
 @pytest.fixture(scope="module")
 def settings(trained):
     """Of the evaluation: two unseen graphs of five genes, so four tasks."""
-    return sample.Settings("linear", scale="smoke", guidance=2.0, genes=GENES, context=CONTEXT, eval_cells=CELLS, held_out=2, seeds=1,
-                           steps=10, out=trained.settings.out)
+    return sample.Settings("linear", scale="smoke", guidance=2.0, genes=GENES, context=CONTEXT, eval_cells=CELLS,
+                           held_out=2, seeds=1, steps=10, out=trained.settings.out)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,28 @@ def test_one_key_one_prediction(model, tasks):
     assert len({cells.tobytes() for cells in twice}) == 4
 
 
+@pytest.mark.parametrize("experiments", [2, 0])
+def test_cells_in_pieces(model, tasks, monkeypatch, experiments):
+    """[D50] Five cells, at most two at a time: 0 1, 2 3 and 4 0, of which the last is not wanted; each piece has the same cells
+    of control and context experiments, and its task's treatments."""
+    five = Task(tasks.observed[:, :5], tasks.context[:, :experiments, :5], tasks.context_treatments[:, :experiments],
+                tasks.query, tasks.target[:, :5])
+    asked = []
+
+    def flows(model, given, keys, guidance, steps, cells):
+        asked.append(given)
+        return given.observed
+
+    monkeypatch.setattr(sample, "_flows", flows)
+    assert np.array_equal(sample.generate(model, five, at_once=2, key=jr.key(0)), five.observed)
+    assert np.array_equal(sample.generate(model, five, at_once=2, cells=3, key=jr.key(0)), five.observed[:, :3])
+    assert len(asked[0].query) == 3 * len(tasks.query)
+    for i, piece in enumerate(zip(*asked[0])):
+        task, some = one_task(five, i // 3), np.array([[0, 1], [2, 3], [4, 0]])[i % 3]
+        wanted = task._replace(observed=task.observed[some], context=task.context[:, some], target=task.target[some])
+        assert all(np.array_equal(a, b) for a, b in zip(piece, wanted))
+
+
 def test_as_many_cells_as_asked_for(tasks):
     """`cells` asks for more than the populations have; a velocity of zero leaves the noise, which is N(0, I)."""
     still = Velocity(lambda y, tau, observed, query, drop: 0 * y)
@@ -204,12 +226,12 @@ def test_augmented_pools_each_gene_from_its_own_subsets():
     assert all(len(set(column)) == len(column) for column in pooled.T.tolist())
 
 
-# ------------------------------------------------------------------------------------------- the guidance weight (Table 7)
+# ---------------------------------------------------------------------------------------- the guidance weight (Table 7)
 
 
 def test_guidance_is_chosen_on_validation_tasks(trained, settings, monkeypatch, tmp_path):
-    """Of predictions that are wrong by |weight - 1.5|, 1.5 is chosen, on tasks from graphs that are not the evaluation's; the
-    choice is written down and not made twice."""
+    """Of predictions that are wrong by |weight - 1.5|, 1.5 is chosen, on tasks from graphs that are not the
+    evaluation's; the choice is written down and not made twice."""
     head, model = train.load_model(trained.folder / "model.eqx")
     asked = []
 

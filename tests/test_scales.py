@@ -91,8 +91,8 @@ def test_word_after_the_options_is_no_trap():
 
 
 def test_the_table_is_complete():
-    """Every value has three columns of one kind (None: not set), and fills a field of a script or a baseline's option; paper
-    sizes are the paper's."""
+    """Every value has three columns of one kind (None: not set), and fills a field of a script or a baseline's option;
+    paper sizes are the paper's."""
     fields = set()
     for file in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]:
         classes = [n for n in ast.parse(file.read_text()).body
@@ -100,7 +100,8 @@ def test_the_table_is_complete():
         fields |= {f.target.id for c in classes for f in c.body if isinstance(f, ast.AnnAssign)}
     for rows in scales.TABLE.values():
         for name, row in rows.items():
-            assert name in fields and len(row) == 3 and len({type(value) for value in row if value is not None}) == 1, name
+            assert (name in fields and len(row) == 3
+                    and len({type(value) for value in row if value is not None}) == 1), name
     for prior, micro_batches in (("linear", 50_000), ("grn", 400_000)):
         s = scales.at("paper", "model", prior)
         assert s["updates"] * s["accumulate"] == micro_batches and s["learning_rate"] == 1e-4 and s["ema"] == 0.999

@@ -22,7 +22,8 @@ def result(folder, name: str, contexts=("all",), conditions=None, meta=None, **v
     content = {"auprc": None, "contexts": list(contexts), "conditions": conditions or {}}
     content |= dict.fromkeys(METRICS, 0.5) | values
     split = int(name.split("-split")[1].split("-")[0])
-    about = {"method": name.split("-split")[0], "split": split, "seed": 0, "seconds": 1.5, "revision": "abc"} | (meta or {})
+    about = {"method": name.split("-split")[0], "split": split, "seed": 0, "seconds": 1.5,
+             "revision": "abc"} | (meta or {})
     (folder / f"{name}.json").write_text(json.dumps({"meta": about, "metrics": content}))
 
 
@@ -49,7 +50,8 @@ def main(tmp_path, monkeypatch):
 def test_mean_and_spread_by_hand(linear):
     """Three seeds with RMSE 0.1, 0.2 and 0.6 are 0.3 +- 0.2646 (n - 1); MMD is in thousandths."""
     for i, value in enumerate((0.1, 0.2, 0.6)):
-        result(linear, f"mappfn-seed{i}-split0-draw0", rmse=value, mmd=value / 100, meta={"training": HEAD | {"seed": i}})
+        result(linear, f"mappfn-seed{i}-split0-draw0", rmse=value, mmd=value / 100,
+               meta={"training": HEAD | {"seed": i}})
     row, = tables.summarise(tables.collect(linear), "linear")
     assert (row["row"], row["files"], row["seeds"], row["seconds"]) == ("mappfn", 3, [0, 1, 2], 4.5)
     rmse, mmd = row["metrics"]["rmse"], row["metrics"]["mmd"]
@@ -114,7 +116,7 @@ def test_gap_closed_by_hand(linear):
 
 
 def test_paired_advantage_by_hand(tmp_path):
-    """Three splits, AUPRC better by 0.1, 0.2 and 0.3: 0.2 with standard error 0.1 / sqrt(3); an RMSE that is lower by as
+    """Three splits, AUPRC better by 0.1, 0.2 and 0.3: 0.2 with standard error 0.1 / sqrt(3); an RMSE lower by as
     much is as good; of MR the distance to 1 counts. A split that one row lacks is left out."""
     for split, more in enumerate((0.1, 0.2, 0.3)):
         result(tmp_path, f"cpa-split{split}-draw0", auprc=0.5 + more, rmse=0.5 - more, magnitude_ratio=1 - more)
@@ -154,20 +156,22 @@ def test_a_claim_is_held_against_the_hardest_opponent(tmp_path):
 
 
 def test_claims_of_figures_by_hand():
-    """More context lowers W2 in every unit: reproduced; more cells raise it: not; augmentation and coverage from their numbers;
-    a figure that was not run says why."""
+    """More context lowers W2 in every unit: reproduced; more cells raise it: not; augmentation and coverage from their
+    numbers; a figure that was not run says why."""
     curve = lambda values, trained: {"data": {"experiments": {"linear": {"x": [1, 4, 8], "trained": trained, "values": {
         "mappfn": {"wasserstein": values}, "identity": {"wasserstein": [[9.0, 0.0, 0.0]] * 3}}}}}}
     density = lambda *values: {"expression": {"density": values}, "change": {"density": values}}
     figures = {"context": curve([[3.0, 2.0, 1.0], [3.1, 2.0, 1.0], [2.9, 2.0, 1.0]], 4),
                "cells": curve([[0.0, 1.0, 2.0], [0.0, 1.0, 2.1], [0.0, 1.0, 2.2]], 4),
-               "tta": {"data": {"screens": {"s": {"values": [{"augmented": 0.5 + i / 100, "single": 0.3} for i in range(3)]}}}},
+               "tta": {"data": {"screens": {"s": {"values": [
+                   {"augmented": 0.5 + i / 100, "single": 0.3} for i in range(3)]}}}},
                "coverage": {"data": {"distributions": {"GRN prior": density(1, 1, 0), "leukemia": density(1, 1, 2)}}},
                "variance": {"not_run": "no unpaired prior"}}
     found = {number: (outcome, evidence) for number, _, outcome, evidence in tables.figure_claims(figures)}
     assert found[8] == ("not run", "no unpaired prior")
     assert found[9][0] == "reproduced" and "+0.210" in found[9][1]
-    assert found[10][0] == "reproduced" and "1 to 8: W2 lower by +2.000" in found[10][1] and "identity" not in found[10][1]
+    assert (found[10][0] == "reproduced" and "1 to 8: W2 lower by +2.000" in found[10][1]
+            and "identity" not in found[10][1])
     assert found[11][0] == "not reproduced" and "4 to 8: W2 lower by -1.100" in found[11][1]
     assert found[12][0] == "not reproduced" and "50.0%" in found[12][1]
 
