@@ -56,7 +56,7 @@ else
     echo "== installing into .venv (a few minutes the first time)"
     if command -v uv >/dev/null; then
       [ -x "$PY" ] || uv venv --quiet --python "${PYTHON:-3.11}" .venv
-      uv pip install --quiet --python "$PY" -r requirements.txt
+      uv pip install --quiet --compile-bytecode --python "$PY" -r requirements.txt
     else
       "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
         || fail "${PYTHON:-python3} is missing or older than 3.11; install Python 3.11 or set PYTHON=/path/to/it"
@@ -67,7 +67,7 @@ else
 fi
 if [ "$DEVICE" != cpu ] && ! "$PY" -c "import jax_${DEVICE}_plugin" 2>/dev/null; then
   echo "== installing JAX for $DEVICE"
-  if command -v uv >/dev/null; then uv pip install --quiet --python "$PY" "jax[$DEVICE]"
+  if command -v uv >/dev/null; then uv pip install --quiet --compile-bytecode --python "$PY" "jax[$DEVICE]"
   else "$PY" -m pip install --quiet --disable-pip-version-check "jax[$DEVICE]"; fi
 fi
 [ "$DEVICE" != cpu ] || export JAX_PLATFORMS=cpu

@@ -88,22 +88,28 @@ def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int | Array,
     """
     key_noise, key_slots = jr.split(key)
     slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda tau, y, _: guided_velocity(model, task, slots, guidance, y, tau)), diffrax.Dopri5(),
-        t0=0.0, t1=1.0, dt0=1 / steps, y0=jr.normal(key_noise, (cells, task.target.shape[-1])))
-    return solution.ys[-1]
+    field = diffrax.ODETerm(lambda tau, y, _: guided_velocity(model, task, slots, guidance, y, tau))
+    solver, noise = diffrax.Dopri5(), jr.normal(key_noise, (cells, task.target.shape[-1]))
+
+    def step(i, y_state):
+        y, state = y_state
+        y, _, _, state, _ = solver.step(field, i / steps, (i + 1) / steps, y, None, state, made_jump=False)
+        return y, state
+
+    # Not diffrax.diffeqsolve: its checks call back to Python, and JAX cannot keep such compiled code for the next stage.
+    return jax.lax.fori_loop(0, steps, step, (noise, solver.init(field, jnp.zeros(()), 1 / steps, noise, None)))[0]
 
 
 @eqx.filter_jit
 def _flows(model, tasks, keys, guidance, steps, cells):
-    """`flow` for each task, the tasks spread over all devices, one at a time on each."""
+    """`flow` for one task on each device."""
     parameters, static = eqx.partition(model, eqx.is_array)
     share, mesh = PartitionSpec("data"), Mesh(np.array(jax.devices()), ("data",))
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), share), out_specs=share, check_vma=False)
     def each(parameters, tasks_keys):
-        model = eqx.combine(parameters, static)
-        return jax.lax.map(lambda task_key: flow(model, task_key[0], guidance, steps, cells, key=task_key[1]), tasks_keys)
+        task, key = jax.tree.map(lambda x: x[0], tasks_keys)
+        return flow(eqx.combine(parameters, static), task, guidance, steps, cells, key=key)[None]
 
     return each(parameters, (tasks, keys))
 
@@ -128,11 +134,12 @@ def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0,
         pooled = generate(model, pieces, guidance, steps, key=key).reshape(len(tasks.query), -1, tasks.query.shape[1])
         return pooled[:, :cells]
     count, devices = len(tasks.query), jax.device_count()
-    index = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last one again, to fill the devices
-    keys = jax.vmap(lambda i: jr.fold_in(key, i))(index)
-    tasks = Task(*(x[index] for x in tasks))
-    guidance = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32)  # arrays, so that another value compiles nothing
-    return np.asarray(_flows(model, tasks, keys, guidance, jnp.asarray(steps), cells))[:count]
+    keys = jax.vmap(lambda i: jr.fold_in(key, i))(np.arange(count))
+    # Arrays, and always as many tasks at a time, so that other values and other P compile nothing.
+    guidance, steps = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32), jnp.asarray(steps)
+    turns = [np.minimum(np.arange(i, i + devices), count - 1) for i in range(0, count, devices)]  # fill up with the last
+    found = [_flows(model, Task(*(x[turn] for x in tasks)), keys[turn], guidance, steps, cells) for turn in turns]
+    return np.concatenate([np.asarray(x) for x in found])[:count]
 
 
 def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> tuple[Float[np.ndarray, "P N D"], float]:

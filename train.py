@@ -130,8 +130,8 @@ class State(NamedTuple):
     update: Array
 
 
-def schedule(s: Settings) -> optax.Schedule:
-    """Warm-up, stable, decay: linear up, constant, then peak * (1 - sqrt(progress)) down to zero (A.2).
+def schedule(s: Settings) -> Callable[[int], float]:
+    """Learning rate of each update. Warm-up, stable, decay: linear up, constant, peak * (1 - sqrt(progress)) to zero (A.2).
 
     [D1] paper: "steps"; released code: the schedule counts updates but the run's length counts micro-batches, so
     warm-up is 8 times too long and the decay is never reached; here both count updates and the decay ends with the run.
@@ -140,24 +140,25 @@ def schedule(s: Settings) -> optax.Schedule:
 
     def rate(update):
         rising = (update + 1) / warmup  # not zero at the first update
-        progress = jnp.clip((update + 1 - (s.updates - decay)) / decay, 0, 1)
-        return s.learning_rate * jnp.minimum(rising, 1) * (1 - jnp.sqrt(progress) * (1 - 1e-6))
+        progress = np.clip((update + 1 - (s.updates - decay)) / decay, 0, 1)
+        return s.learning_rate * min(rising, 1) * (1 - np.sqrt(progress) * (1 - 1e-6))
 
     return rate
 
 
 def make_optimiser(s: Settings) -> optax.GradientTransformation:
-    """AdamW on gradients clipped by their global norm; the learning rate can be read back from its state.
+    """AdamW on gradients clipped by their global norm, at a learning rate of 1: `update` scales its result.
 
     [D6] paper: silent; released code: clips each micro-batch; here: clips the accumulated gradient once per update, as
     the threshold is meant for the step that is taken.
     """
-    adamw = optax.inject_hyperparams(optax.adamw)(schedule(s), b1=s.b1, b2=s.b2, weight_decay=s.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
+    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adamw(1.0, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay))
 
 
 def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
-    """The jitted update: (state, tasks [A, B, ...], key) -> (state, loss, gradient norm).
+    """The jitted update: (state, tasks [A, B, ...], key, learning rate) -> (state, loss, gradient norm).
+
+    The rate is an argument, so that runs of other lengths and rates, but the same sizes, share one compiled program.
 
     Data parallel: each device of `mesh` computes the gradient of its share of every micro-batch; the optimiser sees the
     mean over devices. A laptop's cores work as devices too: two of them, one thread each, beat one with two threads.
@@ -177,11 +178,11 @@ def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
         return jax.lax.pmean(jax.tree.map(lambda x: x / s.accumulate, total), "data")
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, tasks: Task, key: PRNGKeyArray):
+    def update(state: State, tasks: Task, key: PRNGKeyArray, learning_rate: Float[Array, ""] | float):
         keys = jr.split(jr.fold_in(key, state.update), (s.accumulate, s.micro_batch))
         loss, gradients = gradient(state.parameters, tasks, keys)
         changes, optimiser_state = optimiser.update(gradients, state.optimiser, state.parameters)
-        parameters = optax.apply_updates(state.parameters, changes)
+        parameters = jax.tree.map(lambda p, change: p + learning_rate * change, state.parameters, changes)
         average = jax.tree.map(lambda a, p: s.ema * a + (1 - s.ema) * p, state.average, parameters)
         return State(parameters, optimiser_state, average, state.update + 1), loss, optax.global_norm(gradients)
 
@@ -253,11 +254,11 @@ def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable
     keys = jr.split(run_key(s.seed, "validation"), len(tasks.query))
 
     @jax.jit
-    def loss(parameters):
+    def loss(parameters, tasks, keys):
         one = lambda t_k: task_loss(eqx.combine(parameters, static), t_k[0], 0.0, key=t_k[1])
         return jnp.mean(jax.lax.map(one, (tasks, keys), batch_size=s.micro_batch))
 
-    return lambda state: float(loss(averaged(s, state)))
+    return lambda state: float(loss(averaged(s, state), tasks, keys))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -302,6 +303,9 @@ def check_same(path: Path, head: dict, s: Settings) -> None:
         wanted = ", ".join(f"{k} {header(s)[k]} (there: {v})" for k, v in other.items())
         raise BadInput(f"{path}: made with other settings: {wanted}; "
                        "use another --out, or delete its folder to train anew")
+
+
+ARCHITECTURE = "genes", "width", "depth", "heads", "registers", "skip", "film_query"  # what the shapes follow from
 
 
 def build(s: Settings | dict, seed: int = 0) -> MapPFN:
@@ -356,9 +360,7 @@ def start(s: Settings, path: Path) -> tuple[State, MapPFN]:
     if s.what == "finetune":
         source = s.init or s.out / s.scale / "train" / "grn-seed0" / "model.eqx"
         head, model = load_model(source)
-        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}"
-                 for k in ("genes", "width", "depth", "heads", "registers", "skip", "film_query")
-                 if head.get(k) != getattr(s, k)]
+        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ARCHITECTURE if head.get(k) != getattr(s, k)]
         if wrong:
             raise BadInput(f"{source}: a checkpoint of another configuration: {'; '.join(wrong)}")
         model = eqx.combine(eqx.filter(model, eqx.is_inexact_array), build(s))
@@ -386,7 +388,7 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
     source, valid = Source(s, screen), validation_tasks(s, screen)
     first = source(0)  # a bad combination of screen, K and N shows here, before anything is written
     state, static = start(s, folder / "checkpoint.eqx")
-    done, key = int(state.update), run_key(s.seed, "updates")
+    done, key, rate = int(state.update), run_key(s.seed, "updates"), schedule(s)
     update = update_function or make_update(s, static, mesh)
     validate = make_validation(s, static, valid)
     shard = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -401,20 +403,19 @@ def train(s: Settings, folder: Path, screen: Screen | None = None, update_functi
     bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2)
     losses, since = [], (time.monotonic(), done)
     for i in range(done, s.updates):
-        state, loss, norm = update(state, jax.device_put(source(i), shard), key)
+        state, loss, norm = update(state, jax.device_put(source(i), shard), key, rate(i))
         losses.append(loss)
         last = i + 1 == s.updates
         if (i + 1) % s.log_every == 0 or last:
             mean, now = float(np.mean(jax.device_get(losses))), time.monotonic()
             if not np.isfinite(mean):
                 raise BadInput(f"{folder}: the loss is {mean} at update {i + 1}; lower --learning-rate")
-            rate = (i + 1 - since[1]) * s.micro_batch * s.accumulate / (now - since[0])
+            speed = (i + 1 - since[1]) * s.micro_batch * s.accumulate / (now - since[0])
             check = validate(state) if (i + 1) % s.validate_every == 0 or last else None
             log.row(update=i + 1, tasks=(i + 1) * s.micro_batch * s.accumulate, loss=f"{mean:.6g}",
                     validation_loss="" if check is None else f"{check:.6g}", gradient_norm=f"{float(norm):.4g}",
-                    learning_rate=f"{float(state.optimiser[1].hyperparams['learning_rate']):.6g}",
-                    tasks_per_second=f"{rate:.1f}")
-            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} tasks/s", refresh=False)
+                    learning_rate=f"{rate(i):.6g}", tasks_per_second=f"{speed:.1f}")
+            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} tasks/s", refresh=False)
             losses, since = [], (time.monotonic(), i + 1)
         if s.snapshots and (i + 1) * s.snapshots // s.updates > i * s.snapshots // s.updates:
             write_leaves(folder / "snapshots" / f"update-{i + 1}.eqx", header(s) | {"update": i + 1},
