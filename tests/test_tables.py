@@ -288,3 +288,14 @@ def test_reference_rows(main, tmp_path, monkeypatch):
     rmse = {row["row"]: row["metrics"]["rmse"] for row in document["rows"]}
     assert all(value["n"] == 3 for value in rmse.values()) and rmse["identity"]["mean"] > rmse["observed"]["mean"]
     assert "paper: 17.61 ± 0.14" in (tmp_path / "reference.md").read_text()
+
+    # Fewer cells to draw from: two draws share more of them, in a file of its own.
+    again = lambda n: tables.Settings(out=tmp_path, reference=True, graphs=3, population=n)
+    monkeypatch.setattr(scales, "parse", lambda *a: again(12))
+    tables.main()
+    fewer = {row["row"]: row["metrics"] for row in json.loads((tmp_path / "reference-12.json").read_text())["rows"]}
+    assert fewer["observed"]["rmse"]["mean"] < 0.7 * rmse["observed"]["mean"]
+    assert document == json.loads((tmp_path / "reference.json").read_text())
+    monkeypatch.setattr(scales, "parse", lambda *a: again(9))
+    with pytest.raises(BadInput, match="--population 9: expected at least the 10"):
+        tables.main()
