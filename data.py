@@ -24,6 +24,7 @@ Departures from the paper, marked where they happen: D21 to D26.
 
 import csv
 import dataclasses
+import io
 import json
 import tempfile
 import time
@@ -557,8 +558,15 @@ def write(result, path: Path) -> None:
     sizes = result.obs.groupby(["context", "treatment", "split"], observed=True, sort=False).size()
     with scales.atomic(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([(*sizes.index.names, "cells"), *((*key, n) for key, n in sizes.items())])
+    import h5py
+    from anndata.io import write_elem
+
+    result.strings_to_categoricals()
+    content = io.BytesIO()  # not straight to the disk: where that is full, HDF5 crashes the interpreter
+    with h5py.File(content, "w") as file:
+        write_elem(file, "/", result, dataset_kwargs={"compression": "gzip"})
     with scales.atomic(path) as temporary:
-        result.write_h5ad(temporary, compression="gzip")
+        temporary.write_bytes(content.getvalue())
 
 
 def finished(path: Path, wanted: str) -> bool:

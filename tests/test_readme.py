@@ -108,6 +108,14 @@ def test_numbers_in_the_prose_are_the_report_s():
     assert numbers and not {n for n in numbers if n not in report}
 
 
+def test_reference_rows_are_those_of_the_runs():
+    """Every mean and deviation beside the paper's reference rows is in one of the two committed runs."""
+    section = TEXT.split("The paper's own reference rows")[1].split("\n## ")[0]
+    runs = "".join((ROOT / "results" / f"{name}.md").read_text(encoding="utf-8") for name in ("reference", "reference-450"))
+    values = set(re.findall(r"\d[\d.]* ± [\d.]*\d", section))
+    assert len(values) > 10 and not {value for value in values if value not in runs}
+
+
 def test_every_test_that_is_named_exists():
     """`test_x.py::test_y` is a test of tests/test_x.py."""
     named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", TEXT))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,17 @@ def test_bad_input_is_one_line_and_status_1(error):
     assert done.returncode == 1 and done.stdout == ""
     line, = done.stderr.splitlines()
     assert line.startswith("error: ") and ("no such column" in line or "No space left" in line)
+
+
+@pytest.mark.parametrize("command", ["prior.py --contexts 2 --num-shards 1 --out {}", "data.py --dataset toy --out {}"])
+def test_a_full_disk_leaves_nothing(tmp_path, command):
+    """No file can have more than 2,000 bytes: one line says so at the end, with status 1, and nothing is left half-written."""
+    arguments = [*command.format(tmp_path).split(), "--scale", "smoke"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".npz", ".h5ad")]
 
 
 def test_a_bug_keeps_its_traceback():
