@@ -328,7 +328,8 @@ def tta_unit(s: Settings, file: Path, seed: int, tasks: EvaluationTask) -> dict[
         task = Task(*(x[i] for x in tasks[: len(Task._fields)]))
         # With equal seeds the few subsets are the first of the many, with the same noise: a paired comparison.
         single, pooled = (sample.augmented(model, task, head["genes"], n, np.random.default_rng([seed, i]),
-                                           guidance_of(s, file), s.steps, head["cells"], key=jr.fold_in(jr.key(seed), i))
+                                           guidance_of(s, file), s.steps, head["cells"],
+                                           key=jr.fold_in(jr.key(seed), i))
                           for n in (fewest, s.subsets))
         for way, cells in zip(WAYS, (single[: s.cells], pooled[: s.cells], pooled)):
             predicted[way].append(sample.clip_expression(cells[None], True)[0][0])
@@ -431,7 +432,7 @@ def sweep_unit(s: Settings, experiment: str, rows: tuple[str, ...], what: str, x
     for row in rows:
         file, result[row] = model_file(s, experiment, row, split), []
         (head, model), guidance = train.load_model(file), guidance_of(s, file)
-        at_once = None if what == "cells" else head["cells"]  # the one figure that asks what more cells at once do [D50]
+        at_once = None if what == "cells" else head["cells"]  # the figure that asks what more do [D50]
         for value in x:
             k, n = value if what == "context" else context, value if what == "cells" else s.cells
             some = given._replace(observed=given.observed[:, :n], context=given.context[:, :k, :n],
@@ -492,8 +493,8 @@ def compute_ode(s: Settings) -> dict:
                          "root mean square": [np.sqrt((e**2).mean(axis=(1, 2))).tolist() for e in error]}
     return {"curves": curves, "steps": steps, "caption":
             f"Difference from the cells that {s.ode_reference} Dopri5 steps make of the same noise, by evaluations "
-            f"of the network (six a step, and one); {s.ode_tasks} tasks, {s.cells} cells, guidance {s.guidance or 2:g}. "
-            "Largest of a task's values and root mean square of them: mean, smallest and largest over tasks."}
+            f"of the network (six a step, and one); {s.ode_tasks} tasks, {s.cells} cells, guidance "
+            f"{s.guidance or 2:g}. Largest of a task's values and root mean square of them: mean, smallest and largest over tasks."}
 
 
 def draw_ode(data: dict, axes: np.ndarray) -> None:

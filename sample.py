@@ -2,8 +2,8 @@
 
 Paper: appendix A.4 (Dopri5, classifier-free guidance), C.3 and Table 7 (its weight), section 6 and Figure 3 (test-time
 augmentation), B.4 (what is held out). Reads `train/<run>/model.eqx` and `data/`, writes `train/<run>/guidance.json` and
-`samples/<experiment>/<method>-split<s>-draw<r>.npz` below out/<scale>; the baselines write their rows beside them, from the
-same tasks. Departures: D9, D10, D50.
+`samples/<experiment>/<method>-split<s>-draw<r>.npz` below out/<scale>; the baselines write their rows beside them,
+from the same tasks. Departures: D9, D10, D50.
 
     python sample.py linear   --scale smoke|laptop|paper   MapPFN on unseen linear SCMs           20 s / 1 min / -
     python sample.py leukemia --scale smoke|laptop|paper   MapPFN random, pre-trained, fine-tuned 20 s / 4 min / -
@@ -30,7 +30,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 import scales
@@ -83,8 +83,8 @@ def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int | Array,
          key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
-    [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from which no
-    value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
+    [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from
+    which no value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
     """
     key_noise, key_slots = jr.split(key)
     slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]
@@ -96,7 +96,7 @@ def flow(model: MapPFN, task: Task, guidance: float | Array, steps: int | Array,
         y, _, _, state, _ = solver.step(field, i / steps, (i + 1) / steps, y, None, state, made_jump=False)
         return y, state
 
-    # Not diffrax.diffeqsolve: its checks call back to Python, and JAX cannot keep such compiled code for the next stage.
+    # Not diffrax.diffeqsolve: its checks call back to Python, and JAX does not keep such compiled code for other stages.
     return jax.lax.fori_loop(0, steps, step, (noise, solver.init(field, jnp.zeros(()), 1 / steps, noise, None)))[0]
 
 
@@ -114,35 +114,43 @@ def _flows(model, tasks, keys, guidance, steps, cells):
     return each(parameters, (tasks, keys))
 
 
+def in_pieces(tasks: Task, index: Int[np.ndarray, "pieces size"]) -> Task:
+    """P tasks -> P * pieces tasks: one for each row of `index`, which says which cells of all populations it has."""
+    def divided(x):  # P ... N D -> (P pieces) ... size D
+        x = np.moveaxis(x[..., index, :], -3, 1)
+        return x.reshape(len(x) * len(index), *x.shape[2:])
+
+    again = lambda x: np.repeat(x, len(index), axis=0)
+    return Task(divided(tasks.observed), divided(tasks.context), again(tasks.context_treatments), again(tasks.query),
+                divided(tasks.target))
+
+
 def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0, steps: int = 25,
              cells: int | None = None, at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
     """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
 
-    `at_once`: give and generate this many cells at a time, and pool them [D50]. A task's cells depend on its own content and
-    its place in the list only, not on the other tasks or the devices.
+    `at_once`: give and generate at most this many cells at a time, and pool them [D50]. A task's cells depend on its own
+    content and its place in the list only, not on the other tasks or the devices.
     """
     tasks, given = Task(*tasks[: len(Task._fields)]), tasks.observed.shape[1]
     cells, size = cells or given, min(at_once or given, given)
     if size < given:
-        # [D50] paper, released code: as many cells as in training; here: laptop scale trains on 16 and evaluates 100, and a
-        # network that is given all of them attends less to the one token of the query (Figure 5b). Each piece is a task.
+        # [D50] paper, released code: as many cells as in training; here: laptop scale trains on 16 and evaluates 100, and
+        # a network that is given all of them attends less to the one token of the query (Figure 5b).
         index = np.arange(-(-max(cells, given) // size) * size).reshape(-1, size) % given  # the last one begins anew
-        again = lambda x: np.repeat(x, len(index), axis=0)
-        divided = lambda x: np.moveaxis(x[..., index, :], -3, 1).reshape(len(x) * len(index), *x.shape[1:-2], size, x.shape[-1])
-        pieces = Task(divided(tasks.observed), divided(tasks.context), again(tasks.context_treatments), again(tasks.query),
-                      divided(tasks.target))
-        pooled = generate(model, pieces, guidance, steps, key=key).reshape(len(tasks.query), -1, tasks.query.shape[1])
-        return pooled[:, :cells]
+        pooled = generate(model, in_pieces(tasks, index), guidance, steps, key=key)
+        return pooled.reshape(len(tasks.query), -1, tasks.query.shape[1])[:, :cells]
     count, devices = len(tasks.query), jax.device_count()
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(np.arange(count))
     # Arrays, and always as many tasks at a time, so that other values and other P compile nothing.
     guidance, steps = 1.0 if guidance == 1 else jnp.asarray(guidance, jnp.float32), jnp.asarray(steps)
-    turns = [np.minimum(np.arange(i, i + devices), count - 1) for i in range(0, count, devices)]  # fill up with the last
+    turns = [np.minimum(np.arange(i, i + devices), count - 1) for i in range(0, count, devices)]  # filled up
     found = [_flows(model, Task(*(x[turn] for x in tasks)), keys[turn], guidance, steps, cells) for turn in turns]
     return np.concatenate([np.asarray(x) for x in found])[:count]
 
 
-def clip_expression(cells: Float[np.ndarray, "P N D"], log_expression: bool) -> tuple[Float[np.ndarray, "P N D"], float]:
+def clip_expression(cells: Float[np.ndarray, "P N D"],
+                    log_expression: bool) -> tuple[Float[np.ndarray, "P N D"], float]:
     """Log-expression cannot be negative: set what is to zero, and say which fraction that was. SCM values stay."""
     negative = cells < 0 if log_expression else np.zeros_like(cells, bool)
     return np.where(negative, 0, cells).astype(np.float32), float(negative.mean())
@@ -154,10 +162,10 @@ GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
 
 
 def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen: Screen | None) -> float:
-    """The weight with the lowest RMSE (equation 11) on validation tasks of the model's own training, never on test conditions.
+    """The weight with the lowest RMSE (equation 11) on validation tasks of the model's own training, never on test ones.
 
-    It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned model with
-    the weight of the model that it came from, and one that was never pre-trained with 2 (A.4).
+    It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned model
+    with the weight of the model that it came from, and one that was never pre-trained with 2 (A.4).
     """
     record = file.with_name("guidance.json")
     if record.is_file():
@@ -167,7 +175,8 @@ def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen
     tasks, errors = train.validation_tasks(run, train.grn_screen(run) if run.what == "grn" else screen), {}
     if tasks is not None:
         for weight in GUIDANCE:  # the same tasks and the same noise for each
-            cells, _ = clip_expression(generate(model, tasks, weight, s.steps, key=jr.key(s.seed)), run.what != "linear")
+            cells = generate(model, tasks, weight, s.steps, key=jr.key(s.seed))
+            cells, _ = clip_expression(cells, run.what != "linear")
             errors[weight] = float(np.mean([rmse(true, predicted) for true, predicted in zip(tasks.target, cells)]))
         best = min(errors, key=errors.get)
     else:
@@ -184,14 +193,14 @@ def chosen_guidance(s: "Settings", file: Path, head: dict, model: MapPFN, screen
 def gene_subsets(rng: np.random.Generator, genes: int, size: int, subsets: int, always: np.ndarray) -> np.ndarray:
     """Random overlapping subsets of `size` out of G genes, as indices [subsets, size].
 
-    `always` (the treated genes, without which a treatment has no one-hot) are in each; the others take turns in a random
-    order, so that all are in equally many, give or take one. Raises BadInput if the subsets are too few to reach every gene.
+    `always` (the treated genes, without which a treatment has no one-hot) are in each; the others take turns in random
+    order, so that all are in equally many, give or take one. Raises BadInput if the subsets are too few for all genes.
     """
     others = np.setdiff1d(np.arange(genes), always)
     room = size - len(always)
     if not 0 <= room <= len(others) <= subsets * room:
-        raise BadInput(f"{subsets} subsets of {size} genes cannot cover {genes} genes of which {len(always)} are in all "
-                       "of them; use more subsets, or fewer context experiments")
+        raise BadInput(f"{subsets} subsets of {size} genes cannot cover {genes} genes of which {len(always)} are in "
+                       "all of them; use more subsets, or fewer context experiments")
     # A queue of reshuffled rounds; a gene that is in the current subset already waits for the next.
     result, queue = [], []
     for _ in range(subsets):
@@ -210,8 +219,8 @@ def augmented(model: MapPFN, task: Task, size: int, subsets: int, rng: np.random
               steps: int = 25, at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "M G"]:
     """Cells of one task [unbatched] with more genes G than the model's D = `size`: predict each subset, pool per gene.
 
-    A gene's cells from all subsets that contain it are pooled (6); each gene then keeps a random M of its own, M being what
-    the rarest gene has, so that the result is an array. Its rows are not joint cells: use it for per-gene statistics.
+    A gene's cells from all subsets that contain it are pooled (6); each gene then keeps a random M of its own, M being
+    what the rarest gene has, so that the result is an array. Its rows are not joint cells: use it for per-gene statistics.
     """
     treated = np.unique(np.argwhere(np.vstack([task.query[None], task.context_treatments]))[:, 1])
     chosen = gene_subsets(rng, len(task.query), size, subsets, treated)
@@ -234,14 +243,16 @@ def evaluation_sets(experiment: str, s) -> Iterator[tuple[int, int, Screen, Eval
     Raises BadInput where the data are missing.
     """
     if experiment == "linear":
-        # [D10] released code: one graph, whose other treatments join the training data; here: several graphs, all unseen.
+        # [D10] released code: one graph, whose other treatments join the training data; here: several, all unseen.
         screen = linear_screen(train.seeded(s.seed, 0, train.HELD_OUT + 1), s.held_out, s.genes, 500, s.held_out)
-        yield 0, 0, screen, evaluation_tasks(train.seeded(s.seed, 0, train.HELD_OUT + 2), screen, s.eval_cells, s.context)
+        rng = train.seeded(s.seed, 0, train.HELD_OUT + 2)
+        yield 0, 0, screen, evaluation_tasks(rng, screen, s.eval_cells, s.context)
         return
     for split in range(s.splits):
         file = s.out / s.scale / "data" / experiment / f"split-{split}.h5ad"
         if not file.is_file():
-            raise BadInput(f"{file}: no such file; prepare it with python data.py --dataset {experiment} --scale {s.scale}")
+            raise BadInput(f"{file}: no such file; prepare it with "
+                           f"python data.py --dataset {experiment} --scale {s.scale}")
         screen = load_screen(file)
         for draw in range(s.resamplings):
             rng = train.seeded(s.seed, split, draw, train.HELD_OUT + 2)
@@ -254,7 +265,8 @@ def model_files(s: Settings, split: int) -> dict[str, Path]:
     if s.experiment == "linear":
         return {f"mappfn-seed{i}": folder / f"linear-seed{i}" / "model.eqx" for i in range(s.seeds)}
     files = {row: folder / run.format(f"{s.experiment}-split{split}") / "model.eqx" for row, run in VARIANTS.items()}
-    return {row: file for row, file in files.items() if file.is_file() or row not in ("mappfn-unpaired", "mappfn-no-context")}
+    optional = "mappfn-unpaired", "mappfn-no-context"
+    return {row: file for row, file in files.items() if file.is_file() or row not in optional}
 
 
 def main() -> None:
@@ -262,8 +274,8 @@ def main() -> None:
     s = scales.parse(Settings, lambda word: SECTIONS.get(word, ("real", "evaluate")))
     train.use_all_cores(2)
     kept = {k: v for k, v in dataclasses.asdict(s).items() if k != "out"}
-    print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
-          flush=True)
+    print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x "
+          f"{jax.devices()[0].device_kind}", flush=True)
     sets = list(evaluation_sets(s.experiment, s))
     bar = tqdm(total=sum(len(tasks.query) * len(model_files(s, split)) for split, _, _, tasks in sets), unit="task")
     for split, draw, screen, tasks in sets:
@@ -276,7 +288,7 @@ def main() -> None:
             head, model = train.load_model(file)
             if head["genes"] != len(screen.genes):
                 raise BadInput(f"{file}: a model of {head['genes']} genes, but the data have {len(screen.genes)}")
-            k = tasks.context.shape[1] if head["context"] else 0  # trained without context, it is used without (Table 4)
+            k = tasks.context.shape[1] if head["context"] else 0  # trained without context: used without (Table 4)
             given = tasks._replace(context=tasks.context[:, :k], context_treatments=tasks.context_treatments[:, :k])
             key = jr.key(int(train.seeded(s.seed, split, draw, row).integers(2**31)))
             guidance = chosen_guidance(s, file, head, model, screen) if s.guidance is None else s.guidance
@@ -291,7 +303,7 @@ def main() -> None:
             names = np.array(screen.context_names)[tasks.context_index]
             save_predictions(path, Predictions(tasks.observed, tasks.observed, tasks.target, cells, tasks.query, names,
                                                screen.log_expression, meta))
-            bar.set_postfix_str(f"{method}, {clipped:.1%} negative values clipped" if clipped else method, refresh=False)
+            bar.set_postfix_str(method + f", {clipped:.1%} negative values clipped" * (clipped > 0), refresh=False)
             bar.update(len(tasks.query))
     bar.close()
     print(f"predictions in {s.out / s.scale / 'samples' / s.experiment}", flush=True)

@@ -25,7 +25,7 @@ TABLE = {
         "heads":                 (2,          4,        4),  # attention heads, of width / heads each (A.1)
         "registers":             (2,          8,        8),  # register tokens of the noise stream (A.1)
         "ema":                   (0.9,     0.99,    0.999),  # decay of the averaged weights (A.2)
-        "skip":                  (True,    True,    False),  # predict what is to be added to the velocity of N(0, I) [D12]
+        "skip":                  (True,    True,    False),  # predict what is to be added to N(0, I)'s velocity [D12]
         "film_query":            (True,    True,    False),  # the query modulates every token, as the time does [D34]
         "treatment_gain":        (10.0,    10.0,      1.0),  # of the initial weights of the treatment stream [D11]
         "remat":                 (False,  False,     True),  # recompute activations to save memory (released code)
@@ -70,7 +70,7 @@ TABLE = {
     "evaluate": {              # sampling and metrics (A.4, 6, C.2)
         "held_out":              (2,          6,       10),  # unseen DAGs of Table 2 [D10]
         "steps":                 (4,          5,       25),  # Dopri5 steps, six evaluations each [D9]
-        "guidance":              (2.0,     None,     None),  # weight (A.4); None: searched on validation tasks (Table 7)
+        "guidance":              (2.0,     None,     None),  # weight (A.4); None: searched on validation (Table 7)
         "eval_cells":            (32,       100,      200),  # cells per population that metrics compare (B.3)
         "seeds":                 (1,          1,        3),  # trainings per row of Table 2 (Table 2)
         "resamplings":           (1,          1,       10),  # draws of cells per split in Table 3 (Table 3)
@@ -82,8 +82,8 @@ TABLE = {
         "tasks":                 (2,          4,      100),  # test conditions of each split or graph, at most
         "cells":                 (16,        50,      200),  # per population
         "contexts":              ((0, 2), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8, 10)),  # Figure 5a: K
-        "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0), (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)),  # Figure 5b: N / N trained with
-        "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # guidance (Table 7)
+        "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0), (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)),  # Figure 5b: N
+        "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # guidance (C.3)
         "ode_steps":             ((5, 10), (5, 10, 20, 50), (5, 10, 20, 50)),
         "most_cells":            (48,       100,      400),  # Figure 5b: given, at most
         "draws":                 (2,          3,       10),  # Figure 3: of cells

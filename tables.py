@@ -115,8 +115,8 @@ def collect(folder: Path) -> dict[str, list[dict]]:
         result = file.with_suffix(".json")
         if not metrics.up_to_date(file):
             raise BadInput(f"{result}: missing, or older than {file.name}; make it with python metrics.py {folder}")
-        rows.setdefault(row_of(json.loads(result.read_text())["meta"]["method"]), []).append(
-            json.loads(result.read_text()))
+        found = json.loads(result.read_text())
+        rows.setdefault(row_of(found["meta"]["method"]), []).append(found)
     return rows
 
 
@@ -534,7 +534,7 @@ def reference(s: Settings) -> None:
     start, paper = time.perf_counter(), scales.at("paper", "linear", "evaluate")
     population, name = s.population or paper["population"], f"reference-{s.population}" if s.population else "reference"
     if population < paper["eval_cells"]:
-        raise BadInput(f"--population {population}: expected at least the {paper['eval_cells']} cells that are compared")
+        raise BadInput(f"--population {population}: expected at least {paper['eval_cells']}, the cells that are compared")
     for _ in tqdm(range(s.graphs), unit="graph"):
         screen = linear_screen(rng, 1, paper["genes"], population, held_out=1)
         tasks = evaluation_tasks(rng, screen, paper["eval_cells"], 0)
@@ -544,8 +544,8 @@ def reference(s: Settings) -> None:
             results.append({"meta": {"seed": s.seed, "revision": scales.revision()}, "metrics": values})
     table = summarise(rows, "linear")
     lines = ["# Reference rows of Table 2 at the paper's size, without training", "",
-             f"{s.graphs} random graphs, {population} cells a condition, seed {s.seed}, mean ± standard deviation over graphs; "
-             f"{time.perf_counter() - start:.0f} s; revision {scales.revision()}.", "", *markdown(table), ""]
+             f"{s.graphs} random graphs, {population} cells a condition, seed {s.seed}, mean ± standard deviation over "
+             f"graphs; {time.perf_counter() - start:.0f} s; revision {scales.revision()}.", "", *markdown(table), ""]
     write(s.out / f"{name}.md", "\n".join(lines))
     about = {"graphs": s.graphs, "population": population, "seed": s.seed}
     write(s.out / f"{name}.json", json.dumps(about | {"rows": table} | environment(), indent=1))

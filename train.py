@@ -131,7 +131,7 @@ class State(NamedTuple):
 
 
 def schedule(s: Settings) -> Callable[[int], float]:
-    """Learning rate of each update. Warm-up, stable, decay: linear up, constant, peak * (1 - sqrt(progress)) to zero (A.2).
+    """Rate of each update. Warm-up, stable, decay: linear up, constant, then peak * (1 - sqrt(progress)) to zero (A.2).
 
     [D1] paper: "steps"; released code: the schedule counts updates but the run's length counts micro-batches, so
     warm-up is 8 times too long and the decay is never reached; here both count updates and the decay ends with the run.
@@ -152,7 +152,8 @@ def make_optimiser(s: Settings) -> optax.GradientTransformation:
     [D6] paper: silent; released code: clips each micro-batch; here: clips the accumulated gradient once per update, as
     the threshold is meant for the step that is taken.
     """
-    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adamw(1.0, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay))
+    adamw = optax.adamw(1.0, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 
 
 def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
@@ -318,7 +319,13 @@ def build(s: Settings | dict, seed: int = 0) -> MapPFN:
 
 def load_model(path: Path) -> tuple[dict, MapPFN]:
     """Header and EMA model of a finished run. Raises BadInput if the file is missing or damaged."""
-    return read_leaves(path, lambda head: eqx.filter_eval_shape(build, head))  # shapes only: numbers take seconds
+    return read_leaves(path, lambda head: outline(*(head[name] for name in ARCHITECTURE)))
+
+
+@functools.cache
+def outline(*sizes: int | bool) -> MapPFN:
+    """A model with these values of ARCHITECTURE, shapes only: its numbers would take seconds to make."""
+    return eqx.filter_eval_shape(build, dict(zip(ARCHITECTURE, sizes)) | {"treatment_gain": 1.0})
 
 
 # -------------------------------------------------------------------------------------------------------------- one run

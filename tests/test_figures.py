@@ -36,7 +36,8 @@ def truthful(monkeypatch) -> list[SimpleNamespace]:
     calls = []
 
     def generate(model, tasks, guidance=2.0, steps=20, cells=None, at_once=None, *, key):
-        calls.append(SimpleNamespace(tasks=tasks, guidance=guidance, steps=steps, cells=cells, at_once=at_once, key=key))
+        calls.append(SimpleNamespace(tasks=tasks, guidance=guidance, steps=steps, cells=cells, at_once=at_once,
+                                     key=key))
         return tasks.target[:, :cells]
 
     def wasserstein(x, y):

@@ -111,7 +111,8 @@ def test_numbers_in_the_prose_are_the_report_s():
 def test_reference_rows_are_those_of_the_runs():
     """Every mean and deviation beside the paper's reference rows is in one of the two committed runs."""
     section = TEXT.split("The paper's own reference rows")[1].split("\n## ")[0]
-    runs = "".join((ROOT / "results" / f"{name}.md").read_text(encoding="utf-8") for name in ("reference", "reference-450"))
+    files = (ROOT / "results" / f"{name}.md" for name in ("reference", "reference-450"))
+    runs = "".join(file.read_text(encoding="utf-8") for file in files)
     values = set(re.findall(r"\d[\d.]* ± [\d.]*\d", section))
     assert len(values) > 10 and not {value for value in values if value not in runs}
 

@@ -128,8 +128,8 @@ def test_one_key_one_prediction(model, tasks):
 
 @pytest.mark.parametrize("experiments", [2, 0])
 def test_cells_in_pieces(model, tasks, monkeypatch, experiments):
-    """[D50] Five cells, at most two at a time: 0 1, 2 3 and 4 0, of which the last is not wanted; each piece has the same cells
-    of control and context experiments, and its task's treatments."""
+    """[D50] Five cells, at most two at a time: 0 1, 2 3 and 4 0, of which the last is not wanted; each piece has the same
+    cells of control and context experiments, and its task's treatments."""
     five = Task(tasks.observed[:, :5], tasks.context[:, :experiments, :5], tasks.context_treatments[:, :experiments],
                 tasks.query, tasks.target[:, :5])
     asked = []

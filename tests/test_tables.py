@@ -297,5 +297,5 @@ def test_reference_rows(main, tmp_path, monkeypatch):
     assert fewer["observed"]["rmse"]["mean"] < 0.7 * rmse["observed"]["mean"]
     assert document == json.loads((tmp_path / "reference.json").read_text())
     monkeypatch.setattr(scales, "parse", lambda *a: again(9))
-    with pytest.raises(BadInput, match="--population 9: expected at least the 10"):
+    with pytest.raises(BadInput, match="--population 9: expected at least 10"):
         tables.main()

@@ -147,8 +147,8 @@ def test_schedule_warms_up_stays_and_decays():
 
 
 def test_learning_rate_applied_is_the_one_intended(trained, beginning, tmp_path):
-    """Training hands the schedule's rate to each update, to the last, and log.csv tells it. Adam's first step shows that it is
-    applied: every number moves by just that much, whatever its gradient, and by its share of weight decay."""
+    """Training hands the schedule's rate to each update, to the last, and log.csv tells it. Adam's first step shows that
+    it is applied: every number moves by just that much, whatever its gradient, and by its share of weight decay."""
     s, (state, _), used = trained.settings, beginning, []
 
     def update(state, tasks, key, rate):
