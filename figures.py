@@ -4,7 +4,7 @@ Paper: Figures 1 to 6, appendices A.4 and D (`guidance` and `ode` have no figure
 `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; a missing input is `not_run` in the
 JSON, with the reason. Departure: D49.
 
-    python figures.py --scale smoke|laptop|paper       all of them: 2 / 5 min / not timed, on two CPU cores
+    python figures.py --scale smoke|laptop|paper       all of them: 1 / 6 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
 A figure whose JSON has the same settings is only drawn again; delete the JSON to compute it anew. Its caption says what
 is shown, and over what the spread is.
@@ -643,7 +643,7 @@ def main() -> None:
     train.use_all_cores(2)
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("names", "out")}
     print(f"figures.py {json.dumps(settings)}, revision {scales.revision()}, {jax.device_count()} x "
-          f"{jax.devices()[0].device_kind}; all take 2 minutes at smoke, 5 at laptop scale on two cores", flush=True)
+          f"{jax.devices()[0].device_kind}; all take 1 minute at smoke, 6 at laptop scale on two cores", flush=True)
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
         if not finished(path, settings, screen_names(s)):

@@ -149,6 +149,6 @@ for experiment in linear $SCREENS; do
   stage "baselines: $experiment" "1 to 9 min" -m baselines "$experiment" --scale "$SCALE" --out "$OUT"
 done
 stage "metrics" "2 min" metrics.py "$ROOT/samples"
-stage "figures" "4 min" figures.py --scale "$SCALE" --out "$OUT"
+stage "figures" "6 min" figures.py --scale "$SCALE" --out "$OUT"
 stage "report" "20 s" tables.py --scale "$SCALE" --out "$OUT"
 echo "== all done in $((SECONDS - BEGIN)) s: $ROOT/report.md"
