@@ -135,8 +135,8 @@ def generate(model: MapPFN, tasks: Task | EvaluationTask, guidance: float = 2.0,
     tasks, given = Task(*tasks[: len(Task._fields)]), tasks.observed.shape[1]
     cells, size = cells or given, min(at_once or given, given)
     if size < given:
-        # [D50] paper, released code: as many cells as in training; here: laptop scale trains on 16 and evaluates 100, and
-        # a network that is given all of them attends less to the one token of the query (Figure 5b).
+        # [D50] paper, released code: as many cells as in training; here: so too, although laptop scale trains on 16 and
+        # evaluates 100. The network meets what it was trained on; the ledger says how little that changed.
         index = np.arange(-(-max(cells, given) // size) * size).reshape(-1, size) % given  # the last one begins anew
         pooled = generate(model, in_pieces(tasks, index), guidance, steps, key=key)
         return pooled.reshape(len(tasks.query), -1, tasks.query.shape[1])[:, :cells]
