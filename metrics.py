@@ -1,23 +1,24 @@
 """Stage 6 of 8, the metrics: compare predicted with true cells, one JSON file for each file of predictions.
 
-Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<experiment>/*.npz`, which `sample.py` and
-`baselines.py` write (the format is `Predictions` below), and writes a `.json` of the same name beside each.
+Paper: 5.3, appendix C.2, equations 4 and 6-13. Reads `out/<scale>/samples/<screen>/*.npz`, which `sample.py` and
+`baselines` write (the format is `Predictions` below), and writes a `.json` of the same name beside each.
 
     python metrics.py out/smoke/samples              # a folder with all folders below it, or single files
     python metrics.py out/laptop/samples/linear
     python metrics.py out/paper/samples
 After 15 s of imports and compilation it takes 0.1 to 0.2 s a condition of 200 cells on two CPU cores, 0.02 s at 100.
-Departures from the paper, marked where they happen: D27 to D31.
+Your own metric: a function, and its line in METRICS; files whose JSON lacks it are done again, and it is a column of
+every table. Departure from the paper, marked where it happens: D28.
 
     paper        name here     shape     meaning
-    Y^obs        observed      P N D     control cells
+    Y^obs        controls      P N D     control cells
     Y            true          P N D     true cells under the treatment (`target` in files)
     Y-hat        predicted     P N D     predicted cells (`prediction` in files)
-    mu, mu-hat                 P D       their means over cells
-    l, p                       P D       log2 fold change against control, Benjamini-Hochberg adjusted p-value
+    mu, mu-hat   mu, mu_hat    P D       their means over cells
+    l, p         fold_change, adjusted  P D  log2 fold change against control, Benjamini-Hochberg adjusted p-value
     Z, R         truth, score  P D       gene is differentially expressed in truth; how strongly the prediction says so
 
-    P conditions, that is (biological context, treatment) pairs   N, M, L cells   D genes
+    P conditions, that is pairs of a system and a treatment   N, M, L cells   D genes
 
 Two traps, both shown in `tests/test_metrics.py`. *W2 rewards shrinking*: with a few hundred cells in tens of genes,
 most of it is the distance between any two samples of one distribution, and cells pulled towards their mean score better
@@ -30,6 +31,7 @@ import functools
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +41,7 @@ import scipy.spatial
 import scipy.stats
 import sklearn.metrics
 import tyro
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 import scales
 from scales import BadInput
@@ -48,6 +50,18 @@ EPSILON = 0.1                           # entropic regularisation, absolute: in 
 GAMMAS = (10.0, 1.0, 0.1, 0.01, 0.001)  # inverse squared length scales of the Gaussian kernel (C.2)
 P_VALUE = 0.01                          # tau_p = 2 in -log10 p (C.2)
 FOLD_CHANGE = 0.2                       # tau_l, in |log2 fold change| (C.2)
+
+
+class Predictions(NamedTuple):
+    """The content of one file of predictions: one screen, row of the tables, split and draw of cells."""
+    controls: Float[np.ndarray, "P N D"]     # control cells that differential expression is tested against
+    source: Float[np.ndarray, "P N D"]       # control cells that the prediction was made from, for MR
+    target: Float[np.ndarray, "P N D"]       # true cells
+    prediction: Float[np.ndarray, "P N D"]
+    treatments: Float[np.ndarray, "P D"]     # one-hot times the do-value
+    systems: Shaped[np.ndarray, "P"]         # name of the system of each condition
+    log_expression: bool                     # log1p data, for which AUPRC is defined
+    meta: dict                               # screen, row, split, draw, seed, scale, revision, settings...
 
 
 # ---------------------------------------------------------------------------- distributions and moments (C.2, eq. 4-11)
@@ -59,8 +73,11 @@ def _sinkhorn_divergence():
     import jax
     from ott.tools.sinkhorn_divergence import sinkdiv
 
+    def divergence(x, y):
+        return sinkdiv(x, y, epsilon=EPSILON)[0]
+
     # No vmap: a batch iterates until its slowest problem has converged, so on a CPU a plain loop is at least as fast.
-    return jax.jit(lambda x, y: sinkdiv(x, y, epsilon=EPSILON)[0])
+    return jax.jit(divergence)
 
 
 def wasserstein(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
@@ -69,40 +86,52 @@ def wasserstein(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> flo
     Symmetric, and zero for x = y, up to the solver's tolerance (about 1e-5 of the value). For cells many standard
     deviations apart the solver stops at 2,000 iterations, which costs less than 1e-4 of the value.
     """
-    # [D27] paper: eq. 6 takes the square root of each transport cost; released code: OTT's divergence of
-    # the squared cost, without a root; here: the same, because only so do the tables' values come out.
-    return float(_sinkhorn_divergence()(np.asarray(x, np.float32), np.asarray(y, np.float32)))
+    # Paper: eq. 6 takes the square root of each transport cost; released code: OTT's divergence of the squared cost,
+    # without a root; here as released, because only so do the tables' values come out.
+    divergence = _sinkhorn_divergence()
+    return float(divergence(np.asarray(x, np.float32), np.asarray(y, np.float32)))
+
+
+def mean_kernel(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
+    """Gaussian kernel (eq. 10), mean over all pairs of cells and over the length scales."""
+    squared = scipy.spatial.distance.cdist(x, y, "sqeuclidean")
+    total = 0.0
+    for gamma in GAMMAS:
+        total += np.exp(-gamma * squared).mean()
+    return float(total / len(GAMMAS))
 
 
 def mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
-    """Squared maximum mean discrepancy (eq. 9), Gaussian kernel (eq. 10), mean over five length scales.
+    """Squared maximum mean discrepancy (eq. 9), Gaussian kernel, mean over five length scales.
 
     The expectations include each cell's kernel with itself (V-statistic): never negative, zero for x = y, but positive,
     at most 1/N + 1/M, in expectation over two samples of one distribution.
     """
-    squared = [scipy.spatial.distance.cdist(a, b, "sqeuclidean") for a, b in ((x, x), (y, y), (x, y))]
-    xx, yy, xy = (np.mean([np.exp(-gamma * d).mean() for gamma in GAMMAS]) for d in squared)
-    return float(xx + yy - 2 * xy)
+    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
 
 
 def rmse(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
     """Root mean square over genes of the difference of means (eq. 11)."""
-    return float(np.sqrt(np.mean((x.mean(0, dtype=float) - y.mean(0, dtype=float)) ** 2)))
+    difference = x.mean(0, dtype=float) - y.mean(0, dtype=float)
+    return float(np.sqrt(np.mean(difference**2)))
 
 
 def variance_rmse(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
     """Root mean square over genes of the difference of variances. Not in the paper: shows what W2 rewards."""
-    return float(np.sqrt(np.mean((x.var(0, dtype=float) - y.var(0, dtype=float)) ** 2)))
+    difference = x.var(0, dtype=float) - y.var(0, dtype=float)
+    return float(np.sqrt(np.mean(difference**2)))
 
 
-def magnitude_ratio(observed: Float[np.ndarray, "N D"], true: Float[np.ndarray, "M D"],
+def magnitude_ratio(controls: Float[np.ndarray, "N D"], true: Float[np.ndarray, "M D"],
                     predicted: Float[np.ndarray, "L D"]) -> float:
     """MR (eq. 4): how far the prediction is from the control cells, over how far the truth is; NaN if that is zero.
 
-    1 for a perfect prediction (and for many others); 0 only for the observed cells themselves.
+    1 for a perfect prediction (and for many others); 0 only for the control cells themselves.
     """
-    effect = wasserstein(observed, true)
-    return wasserstein(observed, predicted) / effect if effect > 0 else float("nan")
+    effect = wasserstein(controls, true)
+    if effect <= 0:
+        return float("nan")
+    return wasserstein(controls, predicted) / effect
 
 
 # ----------------------------------------------------------------------------------------- discrimination (C.2, eq. 12)
@@ -110,12 +139,15 @@ def magnitude_ratio(observed: Float[np.ndarray, "N D"], true: Float[np.ndarray, 
 
 def pds_ranks(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"]) -> Float[np.ndarray, "P"]:
     """For each prediction, the share of the *other* true means that are as close to it as its own; NaN if P = 1."""
+    others = len(true) - 1
+    if others == 0:
+        return np.full(1, np.nan)
     mu, mu_hat = true.mean(1, dtype=float), predicted.mean(1, dtype=float)
     distance = np.linalg.norm(mu_hat[:, None] - mu[None], axis=-1)  # P P, predicted by true
+    own = np.diag(distance)[:, None]
     # A tie counts against the prediction (<=); the factor keeps it a tie when rounding makes its two sides differ.
-    closer = distance <= np.diag(distance)[:, None] * (1 + 1e-9)
-    others = len(mu) - 1
-    return (closer.sum(1) - 1) / others if others else np.full(1, np.nan)
+    closer = distance <= own * (1 + 1e-9)
+    return (closer.sum(1) - 1) / others
 
 
 def pds(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"]) -> float:
@@ -126,27 +158,42 @@ def pds(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"])
 # ------------------------------------------------------------------------- differentially expressed genes (C.2, eq. 13)
 
 
-def differential_expression(control: Float[np.ndarray, "P N D"], treated: Float[np.ndarray, "P M D"],
+def level(cells: Float[np.ndarray, "P N D"]) -> Float[np.ndarray, "P D"]:
+    """Expression of each gene in a population, back on the scale of counts."""
+    # Paper: ratio of means; released code: scanpy's ratio of expm1(mean of log1p), nearly of geometric means; here as
+    # released, because the tables are. Its 1e-9 keeps silent genes finite: silent on one side |l| is up to 30, so that
+    # an exact zero ranks first; on both sides l = 0. A negative mean is impossible and counts as silent.
+    return np.expm1(np.maximum(cells.mean(1, dtype=float), 0)) + 1e-9
+
+
+def differential_expression(controls: Float[np.ndarray, "P N D"], treated: Float[np.ndarray, "P M D"],
                             ) -> tuple[Float[np.ndarray, "P D"], Float[np.ndarray, "P D"]]:
     """Adjusted p-values and log2 fold changes of treated against control cells, natural log1p data.
 
     Equal to `scanpy.tl.rank_genes_groups(method="wilcoxon")` up to rounding (a test says so), and many times faster.
     """
-    # [D29] paper: a Wilcoxon rank-sum test; released code: scanpy's, which by default does not correct the
-    # variance for ties; here: the same, because the tables do. Equal zeros are ties: sparse genes get too large a p.
-    n, m = treated.shape[1], control.shape[1]
-    ranks = scipy.stats.rankdata(np.concatenate([treated, control], axis=1), axis=1)
-    z = (ranks[:, :n].sum(1) - n * (n + m + 1) / 2) / np.sqrt(n * m * (n + m + 1) / 12)
-    adjusted = scipy.stats.false_discovery_control(2 * scipy.stats.norm.sf(np.abs(z)), axis=1)  # over the genes
-
-    # [D30] paper: ratio of means; released code: scanpy's ratio of expm1(mean of log1p), nearly of geometric
-    # means; here: the same, because the tables do. Its 1e-9 keeps silent genes finite: silent on one side |l| is up to
-    # 30, so that an exact zero ranks first; on both sides l = 0. A negative mean is impossible and counts as silent.
-    level = lambda cells: np.expm1(np.maximum(cells.mean(1, dtype=float), 0)) + 1e-9
-    return adjusted, np.log2(level(treated) / level(control))
+    # Paper: a Wilcoxon rank-sum test; released code: scanpy's, which by default does not correct the variance for
+    # ties; here as released, because the tables are. Equal zeros are ties: sparse genes get too large a p.
+    n, m = treated.shape[1], controls.shape[1]
+    ranks = scipy.stats.rankdata(np.concatenate([treated, controls], axis=1), axis=1)
+    rank_sum = ranks[:, :n].sum(1)  # P D
+    expected = n * (n + m + 1) / 2
+    deviation = np.sqrt(n * m * (n + m + 1) / 12)
+    p_value = 2 * scipy.stats.norm.sf(np.abs(rank_sum - expected) / deviation)
+    adjusted = scipy.stats.false_discovery_control(p_value, axis=1)  # over the genes
+    return adjusted, np.log2(level(treated) / level(controls))
 
 
-def deg_auprc(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
+def precision_recall_area(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.ndarray, "P D"]) -> float:
+    """Area under the precision-recall curve, all conditions in one ranking; NaN if there is nothing to be found."""
+    # Paper: speaks of one perturbation; released code: one ranking of the genes of all conditions; here as released,
+    # because a condition without differentially expressed genes has no curve of its own.
+    if not truth.any():
+        return float("nan")
+    return float(sklearn.metrics.average_precision_score(truth.ravel(), score.ravel()))
+
+
+def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
               predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"] | None = None) -> dict:
     """Area under the precision-recall curve for finding differentially expressed genes (C.2); log-expression data only.
 
@@ -154,84 +201,116 @@ def deg_auprc(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
     treated gene (NaN without `treatments`); `n_degs`, how many of the P D genes are to be found; `note`, empty unless
     there are none of them: then both areas are NaN.
     """
-    p, fold_change = differential_expression(observed, true)
+    p, fold_change = differential_expression(controls, true)
     truth = (p < P_VALUE) & (np.abs(fold_change) > FOLD_CHANGE)  # Z, P D
-    p, fold_change = differential_expression(observed, predicted)
+    p, fold_change = differential_expression(controls, predicted)
     score = np.abs(fold_change) * (p < P_VALUE)                  # R, P D
 
-    # [D31] paper: speaks of one perturbation; released code: one ranking of the genes of all conditions;
-    # here: the same, because a condition without differentially expressed genes has no curve of its own.
-    def area(s):
-        return float(sklearn.metrics.average_precision_score(truth.ravel(), s.ravel())) if truth.any() else float("nan")
-
-    return {"auprc": area(score), "base_rate": float(truth.mean()),
-            "target_only": float("nan") if treatments is None else area(treatments != 0), "n_degs": int(truth.sum()),
-            "note": "" if truth.any() else "no gene is differentially expressed in truth: AUPRC is undefined"}
+    target_only, note = float("nan"), ""
+    if treatments is not None:
+        target_only = precision_recall_area(truth, treatments != 0)
+    if not truth.any():
+        note = "no gene is differentially expressed in truth: AUPRC is undefined"
+    return {"auprc": precision_recall_area(truth, score), "base_rate": float(truth.mean()),
+            "target_only": target_only, "n_degs": int(truth.sum()), "note": note}
 
 
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def evaluate(observed: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
-             predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"], log_expression: bool,
-             contexts: np.ndarray | None = None, source: Float[np.ndarray, "P N D"] | None = None) -> dict:
-    """Every metric: the mean over conditions under its name, the P single values under `conditions`; ready for JSON.
+def each(distance: Callable) -> Callable:
+    """A distance between two populations as a metric of a file: its value for each of the P conditions."""
+    def compute(p: Predictions) -> Float[np.ndarray, "P"]:
+        return np.array([distance(*cells) for cells in zip(p.target, p.prediction)])
 
-    `source` are the control cells that a prediction was made from, where they are others than `observed`: MR asks how
-    far from *them* it has gone, which gives identity its 0 (Table 2).
+    return compute
+
+
+def magnitude_ratios(p: Predictions) -> Float[np.ndarray, "P"]:
+    """MR of each condition: how far from the cells it was made from, which gives identity its 0 (Table 2)."""
+    return np.array([magnitude_ratio(*cells) for cells in zip(p.source, p.target, p.prediction)])
+
+
+def pds_within_systems(p: Predictions) -> Float[np.ndarray, "P"]:
+    """Rank of each condition among those of its own system."""
+    # [D28] paper: a single held-out context; here: where there are several systems, the true means of the others
+    # are no rivals, because they can be told apart without knowing the treatment.
+    ranks = np.empty(len(p.target))
+    for system in np.unique(p.systems):
+        own = p.systems == system
+        ranks[own] = pds_ranks(p.target[own], p.prediction[own])
+    return ranks
+
+
+def pooled_auprc(p: Predictions) -> dict:
+    """`deg_auprc` of all conditions together; None where it is not defined, as in Table 2."""
+    if not p.log_expression:
+        return {"auprc": None, "base_rate": None, "target_only": None, "n_degs": None,
+                "note": "not log-expression data"}
+    return deg_auprc(p.controls, p.target, p.prediction, p.treatments)
+
+
+class Metric(NamedTuple):
+    """A column of the tables."""
+    heading: str
+    factor: float      # of the values in tables, as 1000 for thousandths
+    better: str        # "lower", "higher", or "one": the closer to 1 the better
+    compute: Callable  # of Predictions: P values; or, if only all of them together have one, a dict that holds it
+
+
+METRICS = {
+    "wasserstein": Metric("W2", 1, "lower", each(wasserstein)),
+    "mmd": Metric("MMD e-3", 1000, "lower", each(mmd)),
+    "rmse": Metric("RMSE", 1, "lower", each(rmse)),
+    "pds": Metric("PDS", 1, "lower", pds_within_systems),
+    "magnitude_ratio": Metric("MR", 1, "one", magnitude_ratios),
+    "auprc": Metric("AUPRC", 1, "higher", pooled_auprc),
+    "variance_rmse": Metric("variance RMSE", 1, "lower", each(variance_rmse)),
+}
+
+
+def defined(value):
+    """None, which JSON has, in place of NaN, which it has not."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def evaluate(p: Predictions) -> dict:
+    """Every metric: its number under its name, and under `conditions` its P values where it has them; for JSON.
 
     None stands for what is not defined: MR without an effect, PDS without a rival, AUPRC without differentially
-    expressed genes or on data that are not log-expression (as in Table 2). Means are over the conditions that remain.
+    expressed genes or on data that are not log-expression. Means are over the conditions that remain.
     """
-    # [D28] paper: a single held-out context; here: where there are several (`contexts`, P), the true
-    # means of other contexts are no rivals, because they can be told apart without knowing the treatment.
-    contexts = np.zeros(len(true), int) if contexts is None else contexts
-    ranks = np.empty(len(true))
-    for context in np.unique(contexts):
-        of_it = contexts == context
-        ranks[of_it] = pds_ranks(true[of_it], predicted[of_it])
-    conditions = {metric.__name__: [metric(y, y_hat) for y, y_hat in zip(true, predicted)]
-                  for metric in (wasserstein, mmd, rmse, variance_rmse)}
-    conditions["magnitude_ratio"] = [magnitude_ratio(*cells) for cells
-                                     in zip(observed if source is None else source, true, predicted)]
-    conditions["pds"] = list(ranks)
-
-    finite = lambda values: [float(v) if np.isfinite(v) else None for v in values]
-    mean = lambda values: float(np.mean(kept)) if (kept := [v for v in values if v is not None]) else None
-    conditions = {name: finite(values) for name, values in conditions.items()}
-    genes = {"auprc": None, "base_rate": None, "target_only": None, "n_degs": None, "note": "not log-expression data"}
-    if log_expression:
-        genes = deg_auprc(observed, true, predicted, treatments)
-        genes |= {name: finite([genes[name]])[0] for name in ("auprc", "target_only")}
-    return {name: mean(values) for name, values in conditions.items()} | genes | {"conditions": conditions}
+    numbers, conditions = {}, {}
+    for name, metric in METRICS.items():
+        found = metric.compute(p)
+        if isinstance(found, dict):
+            numbers |= found
+            continue
+        conditions[name] = [defined(value) for value in found.tolist()]
+        kept = found[np.isfinite(found)]
+        numbers[name] = float(kept.mean()) if len(kept) else None
+    numbers = {name: defined(value) for name, value in numbers.items()}
+    return numbers | {"log_expression": bool(p.log_expression), "systems": p.systems.tolist(),
+                      "conditions": conditions}
 
 
 # ------------------------------------------------------------------------------------------------ files of predictions
 
 
-class Predictions(NamedTuple):
-    """The content of one file of predictions: one experiment, method, split and draw of cells."""
-    observed: Float[np.ndarray, "P N D"]     # control cells that differential expression is tested against
-    source: Float[np.ndarray, "P N D"]       # control cells that the prediction was made from, for MR
-    target: Float[np.ndarray, "P N D"]       # true cells
-    prediction: Float[np.ndarray, "P N D"]
-    treatments: Float[np.ndarray, "P D"]     # one-hot times the do-value
-    contexts: np.ndarray                     # P, number or name of the biological context
-    log_expression: bool                     # log1p data, for which AUPRC is defined
-    meta: dict                               # experiment, method, split, resampling, seed, scale, revision, settings...
-
-
 def check_predictions(path: str | Path, p: Predictions) -> None:
     """Raises BadInput if the arrays do not fit together or a number is not finite."""
-    if p.treatments.ndim != 2 or p.contexts.shape != p.treatments.shape[:1]:
-        raise BadInput(f"{path}: 'treatments' {p.treatments.shape} and 'contexts' {p.contexts.shape} do not fit "
+    if p.treatments.ndim != 2 or p.systems.shape != p.treatments.shape[:1]:
+        raise BadInput(f"{path}: 'treatments' {p.treatments.shape} and 'systems' {p.systems.shape} do not fit "
                        "together; expected conditions x genes and conditions; write the file again")
-    for name in ("observed", "source", "target", "prediction"):
+    for name in ("controls", "source", "target", "prediction"):
         array = getattr(p, name)
         if array.ndim != 3 or array.size == 0 or array.shape[::2] != p.treatments.shape:
             raise BadInput(f"{path}: '{name}' has shape {array.shape}; expected conditions x cells x genes that fit "
                            f"'treatments' {p.treatments.shape}; write the file again")
-        if bad := np.sum(~np.isfinite(array)):
+        bad = np.sum(~np.isfinite(array))
+        if bad:
             raise BadInput(f"{path}: {bad} of the {array.size} values of '{name}' are not finite; if a model made "
                            "them, it has diverged: train it again with a lower --learning-rate")
 
@@ -239,20 +318,23 @@ def check_predictions(path: str | Path, p: Predictions) -> None:
 def save_predictions(path: str | Path, p: Predictions) -> None:
     """Write `path` (.npz), whole or not at all. Raises BadInput as `check_predictions` does."""
     check_predictions(path, p)
-    arrays = {name: np.asarray(getattr(p, name), np.float32) for name in Predictions._fields[:5]}
+    arrays = p._asdict()
+    for name in ("controls", "source", "target", "prediction", "treatments"):
+        arrays[name] = np.asarray(arrays[name], np.float32)
+    arrays["meta"] = json.dumps(p.meta, default=str)
     with scales.atomic(path) as temporary:
-        np.savez_compressed(temporary, **arrays, contexts=p.contexts, log_expression=p.log_expression,
-                            meta=json.dumps(p.meta, default=str))
+        np.savez_compressed(temporary, **arrays)
 
 
 def load_predictions(path: str | Path) -> Predictions:
     """Read what `save_predictions` wrote. Raises BadInput for a file that is missing, damaged or of another kind."""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file; sample.py and baselines.py write files of predictions")
+        raise BadInput(f"{path}: no such file; sample.py and baselines write files of predictions")
     try:
         with np.load(path) as file:
             p = Predictions(**{name: file[name] for name in Predictions._fields})
-        p = p._replace(log_expression=bool(p.log_expression), meta=dict(json.loads(str(p.meta))))
+        meta = dict(json.loads(str(p.meta)))
+        p = p._replace(log_expression=bool(p.log_expression), meta=meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError,
             zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: not a readable file of predictions ({error}); delete it and write it again") from error
@@ -264,10 +346,7 @@ def finished(path: str | Path, settings: dict) -> bool:
     """Whether `path` holds predictions made with these settings. Raises BadInput if it was made with others."""
     if not Path(path).exists():
         return False
-    then, now = load_predictions(path).meta.get("settings", {}), json.loads(json.dumps(settings, default=str))
-    changed = [f"{k}: {then.get(k)}, now {now.get(k)}" for k in sorted(then | now) if then.get(k) != now.get(k)]
-    if changed:
-        raise BadInput(f"{path} has other settings ({'; '.join(changed)}): move it away or give another --out")
+    scales.check_made(path, load_predictions(path).meta.get("settings", {}), settings)
     return True
 
 
@@ -286,17 +365,23 @@ def prediction_files(paths: tuple[Path, ...]) -> list[Path]:
         raise BadInput("name a file of predictions or a folder of them, such as out/laptop/samples")
     found = []
     for path in paths:
-        files = sorted(f for f in path.rglob("*.npz") if not f.name.startswith(".")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*.npz") if not file.name.startswith("."))
         if not files:
-            raise BadInput(f"{path}: no .npz file in this folder; sample.py and baselines.py write them")
+            raise BadInput(f"{path}: no .npz file in this folder; sample.py and baselines write them")
         found += files
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))  # each once
 
 
 def up_to_date(path: Path) -> bool:
-    """Whether the metrics of this file exist and are not older than it."""
+    """Whether all metrics of this file of predictions exist and are not older than it."""
     result = path.with_suffix(".json")
-    return result.exists() and path.exists() and result.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    if not result.exists() or not path.exists():
+        return False
+    if result.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        return False
+    return METRICS.keys() <= json.loads(result.read_text())["metrics"].keys()
 
 
 def main() -> None:
@@ -309,11 +394,12 @@ def main() -> None:
         load_predictions(path)
     for path in waiting:
         p = load_predictions(path)
-        result = evaluate(p.observed, p.target, p.prediction, p.treatments, p.log_expression, p.contexts, p.source)
-        result["contexts"] = [str(c) for c in p.contexts]
+        numbers = evaluate(p)
+        text = json.dumps({"meta": p.meta, "metrics": numbers}, indent=1, allow_nan=False)
         with scales.atomic(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps({"meta": p.meta, "metrics": result}, indent=1, allow_nan=False) + "\n")
-        print(path.stem, *(f"{name} {v:.3g}" for name, v in result.items() if isinstance(v, float)), flush=True)
+            temporary.write_text(text + "\n")
+        shown = [f"{name} {numbers[name]:.3g}" for name in METRICS if numbers[name] is not None]
+        print(path.stem, *shown, flush=True)
 
 
 if __name__ == "__main__":

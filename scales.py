@@ -1,191 +1,198 @@
 """The three scales at a glance, and the few lines that every script shares.
 
 `smoke` runs every stage in minutes and proves nothing but that it runs; `laptop` is small enough for two CPU cores and
-large enough to learn; `paper` holds the paper's own values (with the section that states them) and wants one 80 GB GPU.
-Any value can be overridden on the command line: `python train.py linear --scale laptop --width 64`.
+large enough to learn; `paper` has the paper's own sizes and wants one 80 GB GPU. The paper's values are the defaults of
+the dataclass of settings at the head of each script; this table holds what the other two scales change, and nothing
+else. Any setting can be given on the command line: `python train.py --screen linear --scale laptop --width 128`.
 `python scales.py` prints the table.
 """
 
 import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 SCALES = ("smoke", "laptop", "paper")
 
-# An update is one optimiser step on `micro_batch * accumulate` tasks. The paper's "steps" are micro-batches: [D1].
+# Two numbers: smoke and laptop. A third is the paper's, where it is not the default of the dataclass, because the
+# paper has another value for this kind of data. A section fills those of its names that a script has a setting for.
 TABLE = {
-    "model": {                 # smoke   laptop     paper
-        "width":                 (32,        64,      256),  # embedding size E (A.1)
-        "depth":                 (2,          4,        8),  # MMDiT blocks (A.1)
-        "heads":                 (2,          4,        4),  # attention heads, of width / heads each (A.1)
-        "registers":             (2,          8,        8),  # register tokens of the noise stream (A.1)
-        "ema":                   (0.9,     0.99,    0.999),  # decay of the averaged weights (A.2)
-        "skip":                  (True,    True,    False),  # predict what is to be added to N(0, I)'s velocity [D12]
-        "film_query":            (True,    True,    False),  # the query modulates every token, as the time does [D34]
-        "treatment_gain":        (10.0,    10.0,      1.0),  # of the initial weights of the treatment stream [D11]
-        "remat":                 (False,  False,     True),  # recompute activations to save memory (released code)
+    "train": {                 # every training of MapPFN (train.py)
+        "width":                 (32,        64),            # embedding size E
+        "depth":                 (2,          4),            # MMDiT blocks
+        "heads":                 (2,          4),            # attention heads
+        "registers":             (2,          8),            # register tokens
+        "ema":                   (0.9,     0.99),            # decay of the averaged weights
+        "film_query":            (True,    True),            # the query modulates every token [D34]
+        "treatment_gain":        (10.0,    10.0),            # of the initial weights of the treatment stream [D11]
+        "skip":                  (True,    True),            # predict what is to be added to N(0, I)'s velocity [D12]
+        "remat":                 (False,  False),            # recompute activations to save memory
+        "micro_batch":           (8,          8),            # tasks B of a micro-batch
+        "accumulate":            (1,          1),            # micro-batches A of an update
+        "learning_rate":         (2e-3,    2e-3),            # peak
+        "cells":                 (16,        16),            # cells N of a population in a task
+        "context":               (2,          4),            # context experiments K
     },
-    "linear": {                # linear SCM prior (5.1, B.1)
+    "linear": {                # linear SCMs (5.1, B.1): the screen, and training on it
         "genes":                 (8,         20,       20),  # variables D (5.1)
-        "contexts":              (32,       256,     1000),  # random DAGs held in memory at a time (B.1)
-        "refresh":               (16,        32,        0),  # updates until they are replaced by new ones; 0: never
-        "population":            (64,        64,      500),  # cells simulated per condition (B.1)
-        "cells":                 (16,        16,      500),  # cells N of a population in a task (released code)
-        "context":               (2,          4,        4),  # context experiments K (B.1)
+        "systems":               (128,     1000,     1000),  # random DAGs (B.1)
+        "population":            (64,        64,      500),  # cells of a condition (B.1)
+        "test_population":       (500,      500,      500),  # of a condition of a held-out DAG
+        "validation":            (4,         16,       20),  # held-out DAGs for choices
+        "test":                  (2,          6,       10),  # held-out DAGs for the tables [D10]
+        "cells":                 (16,        16,      500),  # N (released code)
+        "context":               (2,          4,        4),  # K (B.1)
         "updates":               (40,      2400,     6250),  # 50k micro-batches (A.2) [D1]
-        "micro_batch":           (8,          8,       32),  # tasks per micro-batch (released code)
-        "accumulate":            (1,          1,        8),  # micro-batches per update (released code)
-        "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
+        "seeds":                 (1,          1,        3),  # trainings of each row of Table 2
     },
-    "grn": {                   # synthetic biological prior (5.1, B.2)
-        "genes":                 (8,         20,       50),  # genes D (B.2)
-        "contexts":              (16,       800,     6000),  # random GRNs (B.2)
-        "population":            (64,       100,      200),  # cells simulated per condition (B.2)
-        "cells":                 (16,        16,      200),  # cells N of a population in a task (B.2)
-        "context":               (2,          4,        8),  # context experiments K (B.2)
-        "updates":               (40,      6000,    50000),  # 400k micro-batches (A.2) [D1]
-        "micro_batch":           (8,          8,       32),  # (released code)
-        "accumulate":            (1,          1,        8),  # (released code)
-        "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
+    "grn": {                   # the synthetic biological prior (5.1, B.2)
+        "genes":                 (8,         20),            # D
+        "systems":               (16,       800),            # random GRNs
+        "population":            (64,       100),            # cells of a condition
+        "test_population":       (64,       100),
+        "validation":            (2,          8),            # held-out GRNs for choices
+        "test":                  (2,          8),            # held-out GRNs for Figure 2
+        "updates":               (40,      6000),
+        "snapshots":             (4,         10),            # Figure 2: models kept on the way
     },
-    "real": {                  # fine-tuning on, and splitting of, real cells (A.3, B.3, B.4)
-        "genes":                 (8,         20,       50),  # genes D (B.3)
-        "min_cells":             (20,       200,      200),  # fewest cells of a usable treatment (released code)
-        "splits":                (2,         10,        1),  # random splits into train and test treatments (B.4)
-        "cells":                 (16,        16,      200),  # cells N of a population in a task (B.3)
-        "context":               (2,          4,        8),  # context experiments K (B.2)
+    "real": {                  # perturbation screens of real cells (B.3, B.4), and training on them
+        "genes":                 (8,         20),            # D
+        "min_cells":             (20,       200),            # fewest cells of a usable condition
+        "splits":                (2,         10),            # random splits into train and test treatments
         "updates":               (10,       100,      375),  # 3,000 iterations (A.3) [D1]
-        "micro_batch":           (8,          8,       32),  # (released code)
-        "accumulate":            (1,          1,        8),  # (released code)
+    },
+    "finetune": {              # from a pre-trained model (A.3): as "real", but
         "learning_rate":         (1e-3,    1e-3,     5e-5),  # peak (A.3)
     },
-    "scratch": {               # real cells only, from random initialisation: as "real", but
-        "learning_rate":         (2e-3,    2e-3,     1e-4),  # peak (A.2)
-    },
-    "evaluate": {              # sampling and metrics (A.4, 6, C.2)
-        "held_out":              (2,          6,       10),  # unseen DAGs of Table 2 [D10]
-        "steps":                 (4,          5,       25),  # Dopri5 steps, six evaluations each [D9]
-        "guidance":              (2.0,     None,     None),  # weight (A.4); None: searched on validation (Table 7)
-        "eval_cells":            (32,       100,      200),  # cells per population that metrics compare (B.3)
-        "seeds":                 (1,          1,        3),  # trainings per row of Table 2 (Table 2)
-        "resamplings":           (1,          1,       10),  # draws of cells per split in Table 3 (Table 3)
+    "evaluate": {              # sampling, baselines, metrics
+        "eval_cells":            (32,       100),            # cells of a population that metrics compare
+        "draws":                 (1,          1),            # of cells, for each split
+        "steps":                 (4,          5),            # Dopri5 steps [D9]
+        "guidance":              (2.0,     None),            # weight; None: chosen on validation tasks (Table 7)
     },
     "figures": {               # how much each figure samples (figures.py says what for)
-        "screens":               (1,          1,        2),  # real screens that are sampled from
-        "splits":                (2,          3,        1),
-        "graphs":                (2,          3,       10),  # held-out linear SCMs
-        "tasks":                 (2,          4,      100),  # test conditions of each split or graph, at most
-        "cells":                 (16,        50,      200),  # per population
-        "contexts":              ((0, 2), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8, 10)),  # Figure 5a: K
-        "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0), (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)),  # Figure 5b: N
-        "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # guidance (C.3)
-        "ode_steps":             ((5, 10), (5, 10, 20, 50), (5, 10, 20, 50)),
-        "most_cells":            (48,       100,      400),  # Figure 5b: given, at most
-        "draws":                 (2,          3,       10),  # Figure 3: of cells
-        "snapshots":             (4,         10,      200),  # Figure 2: EMA models kept during pre-training
-        "snapshot_tasks":        (2,          6,       64),  # Figure 2: for each of them
-        "smoothing":             (0.5,      0.5,     0.95),  # Figure 2: alpha of the moving average
-        "ode_tasks":             (2,          2,        4),
-        "ode_reference":         (20,       100,      100),  # Dopri5 steps to compare with
-        "grns":                  (16,       100,      200),  # Figure 6: of the prior
+        "screens":               (1,          1),            # screens of each kind
+        "splits":                (2,          3),
+        "systems":               (2,          3),            # held-out systems of a split
+        "tasks":                 (2,          4),            # test conditions of a system
+        "cells":                 (16,        50),            # per population
+        "contexts":              ((0, 2), (0, 1, 2, 4, 8)),  # Figure 5a: K
+        "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0)),  # Figure 5b: N
+        "most_cells":            (48,       100),            # Figure 5b: given, at most
+        "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # of guidance
+        "tta_draws":             (2,          3),            # Figure 3: draws of cells
+        "snapshot_tasks":        (2,          6),            # Figure 2: tasks of each snapshot
+        "smoothing":             (0.5,      0.5),            # Figure 2: alpha of the moving average
+        "ode_steps":             ((5, 10), (5, 10, 20, 50)),
+        "ode_reference":         (20,       100),
+        "ode_tasks":             (2,          2),
+        "grns":                  (16,       100),            # Figure 6: systems of the prior
     },
-    "cpa": {                   # the published baselines: their own sizes at paper scale (see each file)
-        "width":                 (32,       128,      256),
-        "latent":                (8,         32,       64),
-        "adversary_width":       (16,        64,      128),
-        "embedding_gain":        (10.0,    10.0,      1.0),
-        "updates":               (50,      1500,    20000),
-        "batch":                 (32,       128,      512),
-        "learning_rate":         (2e-3,    2e-3,     1e-3),
-        "adversary_learning_rate": (2e-3,  2e-3,     1e-3),
+    "cpa": {                   # the published baselines (baselines/): their own sizes are their defaults
+        "width":                 (32,       128),
+        "latent":                (8,         32),
+        "adversary_width":       (16,        64),
+        "embedding_gain":        (10.0,    10.0),
+        "updates":               (50,      1500),
+        "batch":                 (32,       128),
+        "learning_rate":         (2e-3,    2e-3),
+        "adversary_learning_rate": (2e-3,  2e-3),
     },
     "condot": {
-        "hidden":                (16,        64,       64),  # {64, 128, 256} (Table 7)
-        "updates":               (50,       500,   100000),
-        "batch":                 (32,        64,      256),
-        "learning_rate":         (1e-3,    1e-3,     1e-4),
+        "hidden":                (16,        64),
+        "updates":               (50,       500),
+        "batch":                 (32,        64),
+        "learning_rate":         (1e-3,    1e-3),
     },
     "mfm": {
-        "neighbours":            (4,         10,       10),  # {0, 10, 50, 100} (Table 7)
-        "embedding":             (8,         32,       64),  # {64, 128, 256} (Table 7)
-        "width":                 (32,       128,      512),
-        "layers":                (2,          3,        7),
-        "features":              (8,         32,      128),
-        "updates":               (50,      1500,    50000),
-        "batch":                 (16,        32,      200),
-        "conditions":            (1,          4,        1),
-        "learning_rate":         (1e-3,    1e-3,     1e-4),
+        "neighbours":            (4,         10),
+        "embedding":             (8,         32),
+        "width":                 (32,       128),
+        "layers":                (2,          3),
+        "features":              (8,         32),
+        "updates":               (50,      1500),
+        "batch":                 (16,        32),
+        "conditions":            (1,          4),
+        "learning_rate":         (1e-3,    1e-3),
     },
     "cellflow": {
-        "embedding":             (16,        64,      256),
-        "width":                 (32,       128,     1024),
-        "layers":                (2,          2,        3),
-        "updates":               (50,       500,    10000),
-        "batch":                 (16,        32,      200),
-        "conditions":            (2,          8,       20),
-        "learning_rate":         (1e-3,    1e-3,     5e-5),
+        "embedding":             (16,        64),
+        "width":                 (32,       128),
+        "layers":                (2,          2),
+        "updates":               (50,       500),
+        "batch":                 (16,        32),
+        "conditions":            (2,          8),
+        "learning_rate":         (1e-3,    1e-3),
     },
     "state": {
-        "width":                 (16,        64,      256),
-        "depth":                 (1,          2,        4),
-        "heads":                 (2,          4,        4),
-        "sets":                  (2,          8,       16),
-        "updates":               (50,       800,    40000),
-        "batch":                 (16,        32,      200),
-        "learning_rate":         (1e-3,    1e-3,     1e-4),
+        "width":                 (16,        64),
+        "depth":                 (1,          2),
+        "heads":                 (2,          4),
+        "sets":                  (2,          8),
+        "updates":               (50,       800),
+        "batch":                 (16,        32),
+        "learning_rate":         (1e-3,    1e-3),
     },
 }
 
 
 def at(scale: str, *sections: str) -> dict:
-    """The settings of the named sections of TABLE at `scale`; later sections win."""
-    return {name: row[SCALES.index(scale)] for section in sections for name, row in TABLE[section].items()}
+    """What the named sections of TABLE change at `scale`; later sections win, unknown ones change nothing."""
+    column = SCALES.index(scale)
+    changed = {}
+    for section in sections:
+        for name, row in TABLE.get(section, {}).items():
+            if column < len(row):
+                changed[name] = row[column]
+    return changed
+
+
+# --------------------------------------------------------------------------------------------- command line and errors
 
 
 class BadInput(ValueError):
     """What the user gave cannot be used. `run` prints the message, and nothing else, and exits with status 1."""
 
 
-def run(main, *arguments) -> None:
+def run(main) -> None:
     """Call `main`; a BadInput, or an operating-system error such as a full disk, ends in one line and status 1."""
     try:
-        main(*arguments)
+        main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def parse(settings_class, sections, argv: list[str] | None = None):
-    """Command line -> frozen settings. `--scale` (default: laptop) picks a column of TABLE, other flags override it.
+    """Command line -> frozen settings. `--scale` picks a column of TABLE, which other flags override.
 
-    `sections` names the sections that fill the fields, or is a function of the positional word to those names. The
-    class's own defaults, for what TABLE does not list, are the paper's.
+    `sections` is a function of the settings, as far as the command line alone gives them, to the sections of TABLE
+    that fill in the rest. Raises BadInput for a scale that does not exist.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given = [a.split("=", 1)[1] if "=" in a else (argv[i + 1 : i + 2] or [""])[0]
-             for i, a in enumerate(argv) if a == "--scale" or a.startswith("--scale=")]
-    scale = given[-1] if given else "laptop"
-    if scale not in SCALES:
-        raise BadInput(f"--scale {scale}: expected one of {', '.join(SCALES)}")
-    if callable(sections):
-        if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-            raise BadInput("name what to run before the options; --help lists it")
-        sections = sections(argv[0])
-    column, default = at(scale, *sections) | {"scale": scale}, {}
-    for field in dataclasses.fields(settings_class):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.name in column or required:
-            default[field.name] = column.get(field.name, tyro.MISSING)
-    return tyro.cli(settings_class, default=settings_class(**default), args=argv)
+    given = tyro.cli(settings_class, args=argv)
+    if given.scale not in SCALES:
+        raise BadInput(f"--scale {given.scale}: expected one of {', '.join(SCALES)}")
+    fields = {field.name for field in dataclasses.fields(settings_class)}
+    changed = {name: value for name, value in at(given.scale, *sections(given)).items() if name in fields}
+    return tyro.cli(settings_class, default=dataclasses.replace(given, **changed), args=argv)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; on success rename it to `path`, so a half-written file is never seen."""
+    """Yield a temporary path beside `path`; on success rename it to `path`, so a half-written file is never seen.
+
+    A folder may be made under the temporary path as well as a file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which some writers look at
@@ -193,21 +200,60 @@ def atomic(path: str | Path):
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def check_made(path: str | Path, then: dict, now: dict) -> None:
+    """Raise BadInput, naming what differs, unless what is at `path` was made with the settings `now`."""
+    now = json.loads(json.dumps(now, default=str))  # as it would come back from a file
+    changed = []
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            changed.append(f"{name} {then.get(name)}, now {now.get(name)}")
+    if changed:
+        raise BadInput(f"{path} was made with other settings ({'; '.join(changed)}): "
+                       "move it away or delete it, or give another --out")
 
 
 def revision() -> str:
     """Short git revision of the code, with `+` if files were changed since, or `unknown` outside a repository."""
     here = Path(__file__).parent
-    git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+# What a random number is used for. Numbers for different uses never come from the same stream, whatever the seed.
+USES = ("prior", "split", "tasks", "validation", "evaluation", "experiments", "sampling", "baseline", "figure",
+        "initialisation", "updates")
+
+
+def generator(use: str, *numbers: int) -> np.random.Generator:
+    """NumPy's generator for one use and one tuple of numbers (the seed first), such as ("tasks", seed, update)."""
+    return np.random.default_rng([USES.index(use), len(numbers), *numbers])  # length: NumPy pads with zeros
+
+
+def key(use: str, *numbers: int):
+    """JAX's random key, likewise."""
+    import jax.random as jr  # here, so that the prior and the data need no JAX
+
+    return jr.key(int(generator(use, *numbers).integers(2**31)))
+
+
 if __name__ == "__main__":
     for section, rows in TABLE.items():
-        print(f"{section:24}" + "".join(f"{s:>10}" for s in SCALES))
+        print(f"{section:24}" + "".join(f"{scale:>10}" for scale in SCALES))
         for name, row in rows.items():
-            print(f"  {name:22}" + "".join(f"  {str(v).replace(' ', ''):>8}" for v in row))
+            cells = [str(value).replace(" ", "") for value in row] + ["default"]
+            print(f"  {name:22}" + "".join(f"  {value:>8}" for value in cells[:3]))

@@ -1,30 +1,34 @@
-"""Stage 4 of 8, training: conditional flow matching on tasks from a prior, or from a real screen (fine-tuning).
+"""Stage 4 of 8, training: conditional flow matching on the tasks of a screen, from random weights or from a model.
 
-Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuning). Departures: D1, D5, D6, D7, D8.
-Reads `prior/` or `data/` below out/<scale>, writes `train/<run>/model.eqx` (EMA weights behind one line of JSON) and
-`train/<run>/log.csv`; while it runs, `checkpoint.eqx` holds everything needed to go on from a stop.
+Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuning). Departures: D1, D6, D7, D8.
+Reads `screens/<name>/` below out/<scale>, writes `train/<run>/split-<s>/model.eqx` (EMA weights behind a line of JSON)
+and `log.csv`; while it runs, `checkpoint.eqx` holds everything needed to go on from a stop. A screen of several splits
+gives a run for each.
 
-    python train.py linear   --scale smoke|laptop|paper   pre-training on linear SCMs, made as it goes: 1 / 3 min / 8 h
-    python train.py grn      --scale smoke|laptop|paper   pre-training on prior.py's GRNs:             1 / 7 min / 36 h
-    python train.py finetune --dataset leukemia           from the GRN model, a run per split: 1 / 20 s each / 10 min
-    python train.py scratch  --dataset leukemia           the same from random initialisation
+    python train.py --screen linear --scale smoke|laptop|paper    pre-training on linear SCMs: 10 s / 2 min / 8 h
+    python train.py --screen grn --scale smoke|laptop|paper       pre-training on prior.py's GRNs: 10 s / 5 min / 36 h
+    python train.py --screen leukemia --init grn --name leukemia-finetuned    fine-tuning: 5 s / 15 s / 10 min a split
+    python train.py --screen leukemia --name leukemia-scratch                 the same from random initialisation
 (the times are for two CPU cores at smoke and laptop scale and, as the paper reports them, one 80 GB GPU at paper scale)
 
-    Y_0   noise       N D     starting point of the flow, N(0, I)
-    tau               one for each task, LogitNormal(0, 1)
+    paper   name here   shape   meaning
+    Y_0     noise       N D     starting point of the flow, N(0, I)
+    Y_tau   y_tau       N D     (1 - tau) Y_0 + tau Y_q^int
+    tau     tau                 one for each task, LogitNormal(0, 1)
+    Y_q^int task.target N D     the cells to generate
+
     B tasks of a micro-batch   A micro-batches of an update   K context experiments   N cells   D genes
 """
 
 import csv
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -32,53 +36,35 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
+import model
 import scales
-from data import TEST, VALIDATION, Screen, Task, load_screen, sample_tasks
-from model import SLOTS, MapPFN, count_parameters
-from prior import linear_screen, load_grn_screen
+import tasks
+from model import SLOTS, Architecture
 from scales import BadInput
-
-SECTIONS = {  # of the table of scales, for each kind of run
-    "linear": ("model", "linear"), "grn": ("model", "grn"), "finetune": ("model", "real"),
-    "scratch": ("model", "real", "scratch"),
-}
+from tasks import VALIDATION, Screen, Task
 
 
 @dataclass(frozen=True)
-class Settings:
-    what: tyro.conf.Positional[Literal["linear", "grn", "finetune", "scratch"]]  # which run
+class Settings(Architecture):
+    """Train a network on the tasks of a screen.
+
+    Defaults are the paper's; `python scales.py` lists what --scale changes.
+    """
+    screen: str = ""  # what is trained on: a folder below out/<scale>/screens
     scale: str = "laptop"  # column of the table in scales.py
-    seed: int = 0  # of everything random in this run
-    dataset: str = "leukemia"  # finetune, scratch: folder below out/<scale>/data
-    init: Path | None = None  # finetune: starting weights; default: the GRN run with seed 0
-    unpaired: bool = False  # grn: the prior without counterfactual pairing (6, Table 4)
-    name: str | None = None  # folder below train/; by default made of the kind of run and the seed
+    name: str = ""  # folder of the run below out/<scale>/train; default: the name of the screen
+    init: str = ""  # fine-tuning: run whose model to start from
+    seed: int = 0  # of everything random in this run; split s has seed + s
     out: Path = Path("out")  # everything is below out/<scale>
-    # model
-    genes: int = 50  # D
-    width: int = 256  # E (A.1)
-    depth: int = 8  # blocks (A.1)
-    heads: int = 4  # (A.1)
-    registers: int = 8  # (A.1)
-    attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto
-    skip: bool = False  # predict what is to be added to the velocity of N(0, I) [D12]
-    film_query: bool = False  # the query modulates every token, as the time does [D34]
-    treatment_gain: float = 1.0  # of the initial weights of the treatment stream [D11]
-    remat: bool = True  # recompute activations in the backward pass: less memory (released code)
     # tasks
-    contexts: int = 1000  # linear: random DAGs in memory at a time (B.1)
-    refresh: int = 0  # linear: updates until they are replaced by new ones; 0: never
-    population: int = 500  # linear: cells simulated per condition (B.1)
     cells: int = 200  # N (B.3)
     context: int = 8  # K (B.2)
-    splits: int = 1  # finetune, scratch: one run for each split of the data
-    # optimisation
-    updates: int = 50_000  # optimiser steps
+    # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
+    updates: int = 50_000  # optimiser steps: 400k micro-batches (A.2)
     micro_batch: int = 32  # tasks B (released code)
     accumulate: int = 8  # micro-batches A of an update (released code)
     learning_rate: float = 1e-4  # peak (A.2)
@@ -97,26 +83,32 @@ class Settings:
     snapshots: int = 0  # EMA models kept on the way, for Figure 2
 
 
+REPORTING = model.SPEED | {"log_every", "validate_every", "checkpoint_seconds", "out", "scale", "name", "snapshots"}
+
+
 # ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
 
 
-def task_loss(model: MapPFN, task: Task, drop_condition: float, *, key: PRNGKeyArray) -> Float[Array, ""]:
+def task_loss(network: eqx.Module, task: Task, drop_condition: float, *, key: PRNGKeyArray) -> Float[Array, ""]:
     """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3)."""
     key_tau, key_noise, key_drop, key_slots = jr.split(key, 4)
     tau = jax.nn.sigmoid(jr.normal(key_tau))  # LogitNormal(0, 1) (A.2)
     noise = jr.normal(key_noise, task.target.shape)  # Y_0
     y_tau = (1 - tau) * noise + tau * task.target
-    slots = jr.permutation(key_slots, SLOTS)[: len(task.context)]  # random, so the order of experiments says nothing
+    condition = model.prepare(network, task.given, key=key_slots)
     drop = jr.bernoulli(key_drop, drop_condition)  # trains the unconditional flow that guidance needs (A.2)
-    velocity = model(y_tau, tau, task.observed, task.context, task.context_treatments, task.query, slots, drop)
-    # [D5] paper: squared Frobenius norm (a sum); released code and here: the mean over cells and genes, which only
-    # rescales the loss, so that the clipping threshold and the learning rate keep their meaning at every size.
+    velocity = network(y_tau, tau, condition, drop)
+    # The paper has the squared Frobenius norm, a sum; here, as in the released code, it is the mean over cells and
+    # genes, so that the clipping threshold and the learning rate keep their meaning at every size.
     return jnp.mean((velocity - (task.target - noise)) ** 2)
 
 
-def batch_loss(model: MapPFN, tasks: Task, keys: Key[Array, " B"], drop_condition: float) -> Float[Array, ""]:
+def batch_loss(network: eqx.Module, batch: Task, keys: Key[Array, " B"], drop_condition: float) -> Float[Array, ""]:
     """Mean loss of B tasks; `keys` has one key for each."""
-    return jnp.mean(jax.vmap(lambda t, k: task_loss(model, t, drop_condition, key=k))(tasks, keys))
+    def one(task, key):
+        return task_loss(network, task, drop_condition, key=key)
+
+    return jnp.mean(jax.vmap(one)(batch, keys))
 
 
 # ----------------------------------------------------------------------------------------------- one update (A.2, A.3)
@@ -130,62 +122,72 @@ class State(NamedTuple):
     update: Array
 
 
-def schedule(s: Settings) -> Callable[[int], float]:
+def schedule(s: Settings) -> optax.Schedule:
     """Rate of each update. Warm-up, stable, decay: linear up, constant, then peak * (1 - sqrt(progress)) to zero (A.2).
 
     [D1] paper: "steps"; released code: the schedule counts updates but the run's length counts micro-batches, so
     warm-up is 8 times too long and the decay is never reached; here both count updates and the decay ends with the run.
     """
-    warmup, decay = max(1, round(s.warmup * s.updates)), max(1, round(s.decay * s.updates))
+    warmup = max(1, round(s.warmup * s.updates))
+    decay = max(1, round(s.decay * s.updates))
 
     def rate(update):
-        rising = (update + 1) / warmup  # not zero at the first update
-        progress = np.clip((update + 1 - (s.updates - decay)) / decay, 0, 1)
-        return s.learning_rate * min(rising, 1) * (1 - np.sqrt(progress) * (1 - 1e-6))
+        rising = jnp.minimum((update + 1) / warmup, 1)  # not zero at the first update
+        progress = jnp.clip((update + 1 - (s.updates - decay)) / decay, 0, 1)
+        falling = 1 - jnp.sqrt(progress) * (1 - 1e-6)  # not zero at the last
+        return s.learning_rate * rising * falling
 
     return rate
 
 
 def make_optimiser(s: Settings) -> optax.GradientTransformation:
-    """AdamW on gradients clipped by their global norm, at a learning rate of 1: `update` scales its result.
+    """AdamW on gradients clipped by their global norm; its state says which learning rate was applied.
 
     [D6] paper: silent; released code: clips each micro-batch; here: clips the accumulated gradient once per update, as
     the threshold is meant for the step that is taken.
     """
-    adamw = optax.adamw(1.0, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay)
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))
+    adamw = adamw(learning_rate=schedule(s), b1=s.b1, b2=s.b2, weight_decay=s.weight_decay)
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 
 
-def make_update(s: Settings, static: MapPFN, mesh: Mesh) -> Callable:
-    """The jitted update: (state, tasks [A, B, ...], key, learning rate) -> (state, loss, gradient norm).
+def rate_applied(state: State) -> float:
+    """The learning rate of the last update, read back from the optimiser's state."""
+    return float(state.optimiser[1].hyperparams["learning_rate"])
 
-    The rate is an argument, so that runs of other lengths and rates, but the same sizes, share one compiled program.
+
+def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
+    """The jitted update: (state, tasks [A, B, ...], key) -> (state, loss, gradient norm).
 
     Data parallel: each device of `mesh` computes the gradient of its share of every micro-batch; the optimiser sees the
     mean over devices. A laptop's cores work as devices too: two of them, one thread each, beat one with two threads.
     """
     optimiser = make_optimiser(s)
-    each, split = PartitionSpec(), PartitionSpec(None, "data")
+    each, share = PartitionSpec(), PartitionSpec(None, "data")
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(each, split, split), out_specs=each, check_vma=False)
-    def gradient(parameters, tasks, keys):
-        loss = lambda p, t, k: batch_loss(eqx.combine(p, static), t, k, s.drop_condition)
+    def loss(parameters, batch, keys):
+        return batch_loss(eqx.combine(parameters, static), batch, keys, s.drop_condition)
 
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(each, share, share), out_specs=each, check_vma=False)
+    def gradient(parameters, batches, keys):
         def accumulate(total, micro_batch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(parameters, *micro_batch)), None
+            new = jax.value_and_grad(loss)(parameters, *micro_batch)
+            return jax.tree.map(jnp.add, total, new), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
-        total, _ = jax.lax.scan(accumulate, zero, (tasks, keys))
-        return jax.lax.pmean(jax.tree.map(lambda x: x / s.accumulate, total), "data")
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters)
+        total, _ = jax.lax.scan(accumulate, zero, (batches, keys))
+        mean = jax.tree.map(lambda x: x / s.accumulate, total)
+        return jax.lax.pmean(mean, "data")
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, tasks: Task, key: PRNGKeyArray, learning_rate: Float[Array, ""] | float):
+    def update(state: State, batches: Task, key: PRNGKeyArray):
         keys = jr.split(jr.fold_in(key, state.update), (s.accumulate, s.micro_batch))
-        loss, gradients = gradient(state.parameters, tasks, keys)
+        loss, gradients = gradient(state.parameters, batches, keys)
         changes, optimiser_state = optimiser.update(gradients, state.optimiser, state.parameters)
-        parameters = jax.tree.map(lambda p, change: p + learning_rate * change, state.parameters, changes)
-        average = jax.tree.map(lambda a, p: s.ema * a + (1 - s.ema) * p, state.average, parameters)
-        return State(parameters, optimiser_state, average, state.update + 1), loss, optax.global_norm(gradients)
+        parameters = optax.apply_updates(state.parameters, changes)
+        average = optax.incremental_update(parameters, state.average, 1 - s.ema)
+        new = State(parameters, optimiser_state, average, state.update + 1)
+        return new, loss, optax.tree.norm(gradients)
 
     return update
 
@@ -196,140 +198,49 @@ def averaged(s: Settings, state: State) -> PyTree:
     [D8] paper, released code: no correction; here: divided by 1 - ema^n, so that an average that started from zero does
     not remember it, and a run of a few hundred updates can be used.
     """
-    return jax.tree.map(lambda a: a / (1 - s.ema ** state.update.astype(jnp.float32)), state.average)
+    weight = 1 - s.ema ** state.update.astype(jnp.float32)
+    return jax.tree.map(lambda average: average / weight, state.average)
 
 
-# ----------------------------------------------------------------------------------------------------- sources of tasks
+# ---------------------------------------------------------------------------------------------------- tasks of a run
 
 
-def run_key(seed: int, use: Literal["initialisation", "updates", "validation"]) -> PRNGKeyArray:
-    """The key of one run for one use."""
-    return jr.fold_in(jr.key(seed), ("initialisation", "updates", "validation").index(use))
+def update_tasks(s: Settings, screen: Screen, update: int) -> Task:
+    """The tasks [A, B, ...] of an update: the same whenever and however often they are asked for."""
+    rng = scales.generator("tasks", s.seed, update)
+    batch = tasks.sample_tasks(rng, screen, s.accumulate * s.micro_batch, s.cells, s.context)
+    return jax.tree.map(lambda x: x.reshape(s.accumulate, s.micro_batch, *x.shape[1:]), batch)
 
 
-def seeded(*numbers: int) -> np.random.Generator:
-    """A generator of its own for each tuple of numbers."""
-    return np.random.default_rng(np.random.SeedSequence([len(numbers), *numbers]))  # NumPy pads with 0: (1, 0) is (1,)
+def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | None:
+    """Tasks of VALIDATION conditions, fixed for a run; None if there are none. Test conditions are never touched."""
+    if not (screen.split == VALIDATION).any():
+        return None
+    rng = scales.generator("validation", s.seed)
+    return tasks.sample_tasks(rng, screen, count, s.cells, s.context, VALIDATION)
 
 
-TASKS, GRAPHS, HELD_OUT = range(3)  # the last number of a seed: what it is used for
-
-
-class Source:
-    """Training tasks of one run: `source(update)` is the same whenever and however often it is asked."""
-
-    def __init__(self, s: Settings, screen: Screen | None):
-        self.s, self.screen, self.generation = s, screen, None
-
-    def __call__(self, update: int) -> Task:
-        """Tasks [A, B, ...] of this update."""
-        s = self.s
-        if s.what == "linear":  # on the fly: a new set of graphs every `refresh` updates
-            generation = update // s.refresh if s.refresh else 0
-            if generation != self.generation:
-                self.screen = linear_screen(seeded(s.seed, generation, GRAPHS), s.contexts, s.genes, s.population)
-                self.generation = generation
-        tasks = sample_tasks(seeded(s.seed, update, TASKS), self.screen, s.accumulate * s.micro_batch,
-                             s.cells, s.context)
-        return Task(*(x.reshape(s.accumulate, s.micro_batch, *x.shape[1:]) for x in tasks))
-
-
-def validation_tasks(s: Settings, screen: Screen | None, tasks: int = 64) -> Task | None:
-    """Held-out tasks, fixed for a run: unseen DAGs, unseen GRNs, or validation conditions; None if there are none."""
-    rng = seeded(s.seed, 0, HELD_OUT)
-    if s.what == "linear":
-        screen = linear_screen(rng, tasks, s.genes, s.population)
-        return sample_tasks(rng, screen, tasks, s.cells, s.context)
-    split = TEST if s.what == "grn" else VALIDATION  # held-out GRNs; of real cells, test conditions are never touched
-    return sample_tasks(rng, screen, tasks, s.cells, s.context, split) if (screen.split == split).any() else None
-
-
-def make_validation(s: Settings, static: MapPFN, tasks: Task | None) -> Callable[[State], float]:
-    """Loss of the EMA weights on `tasks`, always with the same times and noise. It computes, and changes nothing.
+def make_validation(s: Settings, static: PyTree, batch: Task | None) -> Callable[[State], float]:
+    """Loss of the EMA weights on these tasks, always with the same times and noise. It computes, and changes nothing.
 
     [D7] paper: silent; released code: a validation batch goes through the training step and so updates weights, also on
     the real cells that zero-shot results are reported on; here it is a function of the state that returns a number.
     """
-    if tasks is None:
+    if batch is None:
         return lambda state: float("nan")
-    keys = jr.split(run_key(s.seed, "validation"), len(tasks.query))
+    keys = jr.split(scales.key("validation", s.seed), len(batch.target))
 
     @jax.jit
-    def loss(parameters, tasks, keys):
-        one = lambda t_k: task_loss(eqx.combine(parameters, static), t_k[0], 0.0, key=t_k[1])
-        return jnp.mean(jax.lax.map(one, (tasks, keys), batch_size=s.micro_batch))
+    def mean_loss(parameters, batch, keys):
+        def one(task_key):
+            return task_loss(eqx.combine(parameters, static), task_key[0], 0.0, key=task_key[1])
 
-    return lambda state: float(loss(averaged(s, state), tasks, keys))
+        return jnp.mean(jax.lax.map(one, (batch, keys), batch_size=s.micro_batch))
 
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-REPORTING = {"log_every", "validate_every", "checkpoint_seconds", "out", "attention", "remat", "splits", "init",
-             "scale", "name", "snapshots"}
-
-
-def header(s: Settings) -> dict:
-    """The settings that decide the result."""
-    return {k: v for k, v in dataclasses.asdict(s).items() if k not in REPORTING}
-
-
-def write_leaves(path: Path, head: dict, tree: PyTree) -> None:
-    """One line of JSON, then the arrays (Equinox's format), under a temporary name until complete."""
-    with scales.atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write((json.dumps(head) + "\n").encode())
-        eqx.tree_serialise_leaves(file, tree)
-
-
-def read_leaves(path: Path, like: Callable[[dict], PyTree]) -> tuple[dict, PyTree]:
-    """What `write_leaves` wrote; `like` makes a tree of the right shapes from the header. Raises BadInput."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint; train.py writes it")
-    with open(path, "rb") as file:
-        try:
-            head = json.loads(file.readline())
-            return head, eqx.tree_deserialise_leaves(file, like(head))
-        except BadInput:  # raised by `like`, about the settings; it is a ValueError too
-            raise
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); "
-                           "delete it to train anew") from None
-
-
-def check_same(path: Path, head: dict, s: Settings) -> None:
-    """Raise BadInput unless the file was made with the same settings."""
-    other = {k: head.get(k) for k, v in header(s).items() if head.get(k) != v}
-    if other:
-        wanted = ", ".join(f"{k} {header(s)[k]} (there: {v})" for k, v in other.items())
-        raise BadInput(f"{path}: made with other settings: {wanted}; "
-                       "use another --out, or delete its folder to train anew")
-
-
-ARCHITECTURE = "genes", "width", "depth", "heads", "registers", "skip", "film_query"  # what the shapes follow from
-
-
-def build(s: Settings | dict, seed: int = 0) -> MapPFN:
-    """A randomly initialised model of the size that the settings, or a checkpoint's header, say."""
-    s = dataclasses.asdict(s) if isinstance(s, Settings) else s | {"attention": "auto", "remat": False}
-    return MapPFN(s["genes"], s["width"], s["depth"], s["heads"], s["registers"], attention=s["attention"],
-                  remat=s["remat"], skip=s["skip"], film_query=s["film_query"], treatment_gain=s["treatment_gain"],
-                  key=run_key(seed, "initialisation"))
-
-
-def load_model(path: Path) -> tuple[dict, MapPFN]:
-    """Header and EMA model of a finished run. Raises BadInput if the file is missing or damaged."""
-    return read_leaves(path, lambda head: outline(*(head[name] for name in ARCHITECTURE)))
-
-
-@functools.cache
-def outline(*sizes: int | bool) -> MapPFN:
-    """A model with these values of ARCHITECTURE, shapes only: its numbers would take seconds to make."""
-    return eqx.filter_eval_shape(build, dict(zip(ARCHITECTURE, sizes)) | {"treatment_gain": 1.0})
+    return lambda state: float(mean_loss(averaged(s, state), batch, keys))
 
 
 # -------------------------------------------------------------------------------------------------------------- one run
-
 
 LOG = ("update", "tasks", "loss", "validation_loss", "learning_rate", "gradient_norm", "tasks_per_second")
 
@@ -340,7 +251,9 @@ class Log:
     def __init__(self, path: Path, update: int):
         rows = []
         if update and path.is_file():
-            rows = [r for r in csv.DictReader(path.open()) if r["update"].isdigit() and int(r["update"]) <= update]
+            for row in csv.DictReader(path.open()):
+                if (row["update"] or "").isdigit() and int(row["update"]) <= update:
+                    rows.append(row)
         with scales.atomic(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, LOG)
             writer.writeheader()
@@ -356,124 +269,187 @@ class Log:
 
 def seconds(log: Path) -> float:
     """Seconds of training that log.csv tells of, whatever stops there were."""
-    rows = list(csv.DictReader(log.open())) if log.is_file() else []
-    tasks = np.diff([0, *(int(r["tasks"]) for r in rows)])
-    return round(float(sum(tasks / [max(float(r["tasks_per_second"]), 1e-9) for r in rows])), 1)
+    total, before = 0.0, 0
+    if log.is_file():
+        for row in csv.DictReader(log.open()):
+            total += (int(row["tasks"]) - before) / max(float(row["tasks_per_second"]), 1e-9)
+            before = int(row["tasks"])
+    return round(total, 1)
 
 
-def start(s: Settings, path: Path) -> tuple[State, MapPFN]:
-    """State to begin or to go on with, and the model's static part."""
-    model = build(s, s.seed)
-    if s.what == "finetune":
-        source = s.init or s.out / s.scale / "train" / "grn-seed0" / "model.eqx"
-        head, model = load_model(source)
-        wrong = [f"{k} {head.get(k)}, not {getattr(s, k)}" for k in ARCHITECTURE if head.get(k) != getattr(s, k)]
-        if wrong:
-            raise BadInput(f"{source}: a checkpoint of another configuration: {'; '.join(wrong)}")
-        model = eqx.combine(eqx.filter(model, eqx.is_inexact_array), build(s))
-    parameters, static = eqx.partition(model, eqx.is_inexact_array)
-    state = State(parameters, make_optimiser(s).init(parameters), jax.tree.map(jnp.zeros_like, parameters),
-                  jnp.zeros((), int))
+def header(s: Settings, screen: Screen) -> dict:
+    """What decides the result: settings, and the data, by a fingerprint of their values."""
+    decisive = {name: value for name, value in dataclasses.asdict(s).items() if name not in REPORTING}
+    return decisive | {"genes": len(screen.genes), "fingerprint": screen.made["fingerprint"]}
+
+
+def check_same(path: Path, head: dict, wanted: dict) -> None:
+    """Raise BadInput unless the model or checkpoint was made with the same settings, from the same data."""
+    scales.check_made(path, {name: head.get(name) for name in wanted}, wanted)
+
+
+def start(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
+    """State to begin or to go on with, and the network's static part."""
+    network = model.build(s, len(screen.genes), key=scales.key("initialisation", s.seed))
+    parameters, static = eqx.partition(network, eqx.is_inexact_array)
+    if s.init:
+        weights = initial_weights(s, folder, len(screen.genes))
+        parameters = jax.tree.unflatten(jax.tree.structure(parameters), weights)
+    average = jax.tree.map(jnp.zeros_like, parameters)
+    state = State(parameters, make_optimiser(s).init(parameters), average, jnp.zeros((), int))
+    path = folder / "checkpoint.eqx"
     if path.is_file():
-        head, state = read_leaves(path, lambda head: check_same(path, head, s) or state)
+        def like(head):
+            check_same(path, head, header(s, screen))
+            return state
+
+        _, state = model.read_leaves(path, like)
     return state, static
 
 
-def train(s: Settings, folder: Path, screen: Screen | None = None, update_function: Callable | None = None) -> Callable:
+def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
+    """The weights that fine-tuning starts from. Raises BadInput if they are of another architecture."""
+    path = model_file(s, s.init, s.screen, tasks.split_number(folder))
+    head, pretrained = model.load_model(path)
+    for field in dataclasses.fields(Architecture):
+        name, wanted = field.name, getattr(s, field.name)
+        if name not in model.SPEED | {"treatment_gain"} and head[name] != wanted:
+            raise BadInput(f"{path}: a model with {name} {head[name]}, not {wanted}")
+    if head["genes"] != genes:
+        raise BadInput(f"{path}: a model of {head['genes']} genes, but the data have {genes}; "
+                       f"prepare them with --genes {head['genes']}")
+    return jax.tree.leaves(eqx.filter(pretrained, eqx.is_inexact_array))
+
+
+def check(s: Settings) -> None:
+    """Raise BadInput for a setting that cannot be used, before any work."""
+    least = {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0, "log_every": 1,
+             "validate_every": 1, "snapshots": 0, "learning_rate": 1e-12, "clip": 1e-12}
+    for name, smallest in least.items():
+        if not getattr(s, name) >= smallest:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected at least {smallest}")
+    for name in ("warmup", "decay", "drop_condition"):
+        if not 0 <= getattr(s, name) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
+    if not 0 <= s.ema < 1:
+        raise BadInput(f"--ema {s.ema}: expected at least 0 and less than 1")
+    if s.context > SLOTS:
+        raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
+    if s.micro_batch % jax.device_count():
+        raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "
+                       f"{jax.device_count()}")
+    for name in (s.name, s.init):
+        if Path(name).name != name:
+            raise BadInput(f"'{name}': the name of a run is the name of a folder, without '/'")
+
+
+def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None) -> Callable:
     """Train, or go on, until `folder/model.eqx` is written; returns the jitted update for runs of the same shape.
 
     Raises BadInput if the folder holds a run with other settings, or if the screen does not fit the model.
     """
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    if s.micro_batch % mesh.size:
-        raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, {mesh.size}")
-    if s.context > SLOTS:
-        raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
-    if screen is not None and len(screen.genes) != s.genes:
-        raise BadInput(f"the data have {len(screen.genes)} genes, the model {s.genes}; "
-                       f"prepare them with --genes {s.genes}")
-    source, valid = Source(s, screen), validation_tasks(s, screen)
-    first = source(0)  # a bad combination of screen, K and N shows here, before anything is written
-    state, static = start(s, folder / "checkpoint.eqx")
-    done, key, rate = int(state.update), run_key(s.seed, "updates"), schedule(s)
+    first = update_tasks(s, screen, 0)  # a bad combination of screen, K and N shows here, before anything is written
+    state, static = start(s, folder, screen)
+    head = header(s, screen) | {"revision": scales.revision(), "parameters": model.count_parameters(state.parameters)}
     update = update_function or make_update(s, static, mesh)
-    validate = make_validation(s, static, valid)
-    shard = NamedSharding(mesh, PartitionSpec(None, "data"))
+    validate = make_validation(s, static, validation_tasks(s, screen))
+    key, done = scales.key("updates", s.seed), int(state.update)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    print(f"{folder}: {s.updates} updates of {s.accumulate} x {s.micro_batch} tasks of {first.query.shape[-1]} genes, "
-          f"{s.cells} cells, K = {s.context}; {count_parameters(state.parameters) / 1e6:.2f}M parameters, "
-          f"{mesh.size} x {jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""),
-          flush=True)
+    share = NamedSharding(mesh, PartitionSpec(None, "data"))
+    print(f"{folder}: {s.updates} updates of {s.accumulate} x {s.micro_batch} tasks of {len(screen.genes)} genes, "
+          f"{first.target.shape[-2]} cells, K = {s.context}; {head['parameters'] / 1e6:.2f}M parameters, {mesh.size} x "
+          f"{jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""), flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     log, saved = Log(folder / "log.csv", done), time.monotonic()
     bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2)
-    losses, since = [], (time.monotonic(), done)
-    for i in range(done, s.updates):
-        state, loss, norm = update(state, jax.device_put(source(i), shard), key, rate(i))
+    losses, logged_at, logged = [], time.monotonic(), done
+    for i in range(done + 1, s.updates + 1):
+        batches = jax.device_put(update_tasks(s, screen, i - 1), share)
+        state, loss, norm = update(state, batches, key)
         losses.append(loss)
-        last = i + 1 == s.updates
-        if (i + 1) % s.log_every == 0 or last:
-            mean, now = float(np.mean(jax.device_get(losses))), time.monotonic()
+        if i % s.log_every == 0 or i == s.updates:
+            mean = float(np.mean(jax.device_get(losses)))
             if not np.isfinite(mean):
-                raise BadInput(f"{folder}: the loss is {mean} at update {i + 1}; lower --learning-rate")
-            speed = (i + 1 - since[1]) * s.micro_batch * s.accumulate / (now - since[0])
-            check = validate(state) if (i + 1) % s.validate_every == 0 or last else None
-            log.row(update=i + 1, tasks=(i + 1) * s.micro_batch * s.accumulate, loss=f"{mean:.6g}",
-                    validation_loss="" if check is None else f"{check:.6g}", gradient_norm=f"{float(norm):.4g}",
-                    learning_rate=f"{rate(i):.6g}", tasks_per_second=f"{speed:.1f}")
+                raise BadInput(f"{folder}: the loss is {mean} at update {i}; lower --learning-rate")
+            speed = (i - logged) * s.micro_batch * s.accumulate / (time.monotonic() - logged_at)
+            row = {"update": i, "tasks": i * s.micro_batch * s.accumulate, "loss": f"{mean:.6g}",
+                   "learning_rate": f"{rate_applied(state):.6g}", "gradient_norm": f"{float(norm):.4g}",
+                   "tasks_per_second": f"{speed:.1f}"}
+            if i % s.validate_every == 0 or i == s.updates:
+                row["validation_loss"] = f"{validate(state):.6g}"
+            log.row(**row)
             bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} tasks/s", refresh=False)
-            losses, since = [], (time.monotonic(), i + 1)
-        if s.snapshots and (i + 1) * s.snapshots // s.updates > i * s.snapshots // s.updates:
-            write_leaves(folder / "snapshots" / f"update-{i + 1}.eqx", header(s) | {"update": i + 1},
-                         averaged(s, state))
-        if not losses and not last and time.monotonic() - saved > s.checkpoint_seconds:  # right after a row of the log
-            write_leaves(folder / "checkpoint.eqx", header(s) | {"update": i + 1}, state)
-            saved = time.monotonic()
+            losses, logged_at, logged = [], time.monotonic(), i
+            if time.monotonic() - saved > s.checkpoint_seconds and i < s.updates:  # only right after a row of the log
+                model.write_leaves(folder / "checkpoint.eqx", head | {"update": i}, state)
+                saved = time.monotonic()
+        if s.snapshots and i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:
+            model.write_leaves(folder / "snapshots" / f"update-{i}.eqx", head | {"update": i}, averaged(s, state))
         bar.update()
     bar.close()
-    about = {"revision": scales.revision(), "parameters": count_parameters(state.parameters)}
-    write_leaves(folder / "model.eqx", header(s) | about, averaged(s, state))
+    model.write_leaves(folder / "model.eqx", head | {"update": s.updates}, averaged(s, state))
     (folder / "checkpoint.eqx").unlink(missing_ok=True)
     return update
 
 
-def runs(s: Settings) -> list[tuple[Settings, Path, Path | None]]:
-    """The runs that one command stands for: settings, folder, and the file of real cells."""
-    root = s.out / s.scale
-    if s.what in ("linear", "grn"):
-        name = s.name or s.what + "-unpaired" * s.unpaired + f"-seed{s.seed}"
-        return [(s, root / "train" / name, None)]
-    files = [root / "data" / s.dataset / f"split-{i}.h5ad" for i in range(s.splits)]
-    if not files[0].is_file():
-        raise BadInput(f"{files[0]}: no such file; "
-                       f"prepare it with python data.py --dataset {s.dataset} --scale {s.scale}")
-    return [(dataclasses.replace(s, seed=s.seed + i), root / "train" / f"{s.what}-{s.dataset}-split{i}", file)
-            for i, file in enumerate(files)]
+# ------------------------------------------------------------------------------------------------------------ the stage
 
 
-def grn_screen(s: Settings) -> Screen:
-    """The GRNs that prior.py wrote; one in fifty is held out, with half of its treatments as TEST."""
-    return load_grn_screen(s.out / s.scale / ("prior" + "-unpaired" * s.unpaired), held_out=max(1, s.contexts // 50))
+def run_folder(s, run: str, split: int) -> Path:
+    """Where a run keeps its model."""
+    return s.out / s.scale / "train" / run / f"split-{split}"
 
 
-def use_all_cores(micro_batch: int) -> None:
-    """Make each CPU core a device of its own, as many as divide the micro-batch. No effect where there is a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if micro_batch % n == 0))
+def model_file(s, run: str, screen: str, split: int) -> Path:
+    """The model of a run to use for one split of a screen: the run's own for that split if it was trained on that
+    screen, and its only one otherwise.
+
+    Raises BadInput if there is none, or if the run has seen other splits of this screen only: their training
+    conditions may be this split's test conditions.
+    """
+    own = run_folder(s, run, split) / "model.eqx"
+    only = run_folder(s, run, 0) / "model.eqx"
+    if not own.is_file() and only.is_file():
+        if model.load_model(only)[0]["screen"] != screen:
+            return only
+    if not own.is_file():
+        raise BadInput(f"{own}: no such model; train.py --screen {screen} --name {run} makes it")
+    return own
+
+
+def use_all_cores(share: int) -> None:
+    """Make each CPU core a device of its own, as many as divide `share`. No effect where there is a GPU."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    while share % cores:
+        cores -= 1
+    jax.config.update("jax_num_cpu_devices", cores)
+
+
+def sections(s: Settings) -> tuple[str, ...]:
+    """Of the table of scales: of every training, of the screen, and of fine-tuning."""
+    return "train", tasks.section_of(s), "finetune" if s.init else ""
 
 
 def main() -> None:
-    """Train whatever the command line names, skipping what is finished."""
-    s = scales.parse(Settings, lambda what: SECTIONS.get(what, ()))
-    use_all_cores(s.micro_batch)
+    """Train on each split of the screen, skipping what is finished."""
+    s = scales.parse(Settings, sections)
+    if s.micro_batch > 0:
+        use_all_cores(s.micro_batch)
+    check(s)
     update = None
-    for run, folder, file in runs(s):
-        if (folder / "model.eqx").is_file():
-            check_same(folder / "model.eqx", load_model(folder / "model.eqx")[0], run)
+    for path in tasks.splits(s):
+        screen, split = tasks.load_screen(path), tasks.split_number(path)
+        run = dataclasses.replace(s, seed=s.seed + split)
+        folder = run_folder(s, s.name or s.screen, split)
+        finished = folder / "model.eqx"
+        if finished.is_file():
+            check_same(finished, model.load_model(finished)[0], header(run, screen))
             print(f"{folder}: already trained")
             continue
-        screen = grn_screen(s) if s.what == "grn" else load_screen(file) if file else None
         update = train(run, folder, screen, update)
 
 

@@ -1,38 +1,36 @@
 """CellFlow (Klein et al., 2025): a flow from control cells to the treated cells that optimal transport pairs them with.
 
-Paper: 5.2, C.1, C.3; conditions on the treatment and on the biological context as a covariate (Table 1): it knows which
-context it is by name only, and never sees its population. Control and treated cells of one condition are paired in each
-batch by entropic optimal transport; a network gives the velocity of a cell from encodings of the cell, the time and the
-condition. To predict, solve the ODE from each control cell. Reads and writes nothing. Departures, marked where they
-happen: D35, D39, D38, D41, D40.
+Paper: 5.2, C.1, C.3; conditions on the treatment and on the system as a covariate (Table 1): it knows which system it
+is by name only, and never sees its population. Control and treated cells of one condition are paired in each batch by
+entropic optimal transport; a network gives the velocity of a cell from encodings of the cell, the time and the
+condition. To predict, solve the ODE from each control cell. Reads and writes nothing; `fitting.py` has the loop.
+Departures, marked where they happen: D35, D38, D39, D40, D41.
 
-    symbol       name here       shape     meaning
-    x0, x1       controls,       n D       source cells and cells of one condition, of the same biological context
+    paper        name here       shape     meaning
+    x0, x1       controls,       n D       source cells and cells of one condition, of the same system
                  treated
     P            plan            n n       the coupling of x0 and x1: rows and columns sum to 1/n
     x_t          x               D         (1 - t) x0 + t x1, a cell on its way
     t            time                      flow time, 0 control, 1 treated
-    c            condition       E         encoding of the treatment and of the biological context
+    c            condition       E         encoding of the treatment and of the system
     v            velocity        D         dx / dt, learnt from x1 - x0
 
-    n cells of a batch   N cells of a prediction   D genes   C biological contexts   E embedding   W width
+    B conditions of an update   n cells of a batch   N cells of a prediction   D genes   S systems   E embedding
+    W width
 """
 
 import functools
 from dataclasses import dataclass
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ott.solvers.utils import match_linear
 
 from baselines import fitting
-from data import Screen
 from model import time_features
 
 
@@ -50,7 +48,7 @@ class Options:
     conditions: int = 20            # conditions whose gradients are averaged (CellFlow)
     learning_rate: float = 5e-5     # of Adam (CellFlow)
     tolerance: float = 1e-5         # relative and absolute, of the ODE solver (chosen here: cells are right to 1e-3)
-    unseen: str = "zero"            # one-hot of what was never trained on: "zero", or "random" as initialised
+    unseen: str = "zero"            # one-hot of what was never trained on: "zero", or "random" as initialised [D35]
 
 
 # --------------------------------------------------------------------------------------------------------- the coupling
@@ -65,7 +63,7 @@ def coupling(controls: Float[Array, "n D"], treated: Float[Array, "n D"], epsilo
     return match_linear(controls, treated, epsilon=epsilon, scale_cost="mean")
 
 
-def partners(plan: Float[Array, "n n"], *, key: PRNGKeyArray) -> Int[Array, " n"]:
+def partners(plan: Float[Array, "n n"], *, key: PRNGKeyArray) -> Int[Array, "n"]:
     """For each control cell one treated cell, drawn from its row of the plan."""
     return jr.categorical(key, jnp.log(plan))
 
@@ -77,14 +75,14 @@ class Velocity(eqx.Module):
     """The velocity of one cell: encoders of cell, time and condition, and a decoder of the three."""
 
     treatment: eqx.nn.MLP
-    context: eqx.nn.MLP
+    system: eqx.nn.MLP
     merge: eqx.nn.MLP
     dropout: eqx.nn.Dropout
     cell: eqx.nn.MLP
     time: eqx.nn.MLP
     decoder: eqx.nn.MLP
 
-    def __init__(self, genes: int, contexts: int, options: Options, *, key: PRNGKeyArray):
+    def __init__(self, genes: int, systems: int, options: Options, *, key: PRNGKeyArray):
         keys = jr.split(key, 6)
         width, embedding = options.width, options.embedding
 
@@ -95,109 +93,89 @@ class Velocity(eqx.Module):
         # [D41] paper: "set aggregation with multihead attention"; here: none, because each condition has one
         # treatment, and attention within a set of one is a linear layer.
         self.treatment = mlp(genes, width, key=keys[0])
-        self.context = mlp(contexts, width, key=keys[1])
+        self.system = mlp(systems, width, key=keys[1])
         self.merge = linear(2 * width, embedding, key=keys[2])
         self.dropout = eqx.nn.Dropout(options.condition_dropout)
         self.cell = mlp(genes, width, key=keys[3])
         self.time = mlp(width, width, key=keys[4])
         self.decoder = linear(2 * width + embedding, genes, key=keys[5])
 
-    def condition(self, treatment: Float[Array, " D"], context: Float[Array, " C"], *,
-                  key: PRNGKeyArray | None = None) -> Float[Array, " E"]:
+    def condition(self, treatment: Float[Array, "D"], system: Float[Array, "S"], *,
+                  key: PRNGKeyArray | None = None) -> Float[Array, "E"]:
         """Encoding of the two one-hots, with dropout if there is a key (training).
 
         [D39] paper: the reference notebook; released default: 0.9, with which a short training moves
         cells half as far as it should, and PDS is 0.2 where it is 0 without; here: 0.
         """
-        parts = jnp.concatenate([self.treatment(treatment), self.context(context)])
+        parts = jnp.concatenate([self.treatment(treatment), self.system(system)])
         return self.dropout(self.merge(parts), key=key, inference=key is None)
 
-    def __call__(self, x: Float[Array, " D"], time: Float[Array, ""],
-                 condition: Float[Array, " E"]) -> Float[Array, " D"]:
+    def __call__(self, x: Float[Array, "D"], time: Float[Array, ""], condition: Float[Array, "E"],
+                 ) -> Float[Array, "D"]:
         # Angles up to 10 t: with more, the velocity is so rough in time that the solver needs many steps.
         time = self.time(time_features(time / 10, self.time.in_size))
         return self.decoder(jnp.concatenate([self.cell(x), time, condition]))
 
 
-def condition_loss(model: Velocity, batch: fitting.Batch, options: Options, *, key: PRNGKeyArray) -> Float[Array, ""]:
+def condition_loss(model: Velocity, batch: fitting.Batch, options: Options, key: PRNGKeyArray) -> Float[Array, ""]:
     """Flow matching on n coupled pairs of one condition: mean over cells and genes of (v - (x1 - x0))^2."""
     key_pairs, key_time, key_noise, key_dropout = jr.split(key, 4)
     x0, n = batch.controls, len(batch.controls)
-    x1 = batch.treated[partners(coupling(x0, batch.treated, options.epsilon), key=key_pairs)]
+    plan = coupling(x0, batch.treated, options.epsilon)
+    x1 = batch.treated[partners(plan, key=key_pairs)]
     time = jr.uniform(key_time, (n, 1))
     x = (1 - time) * x0 + time * x1
     if options.noise:
         x = x + options.noise * jr.normal(key_noise, x.shape)
-    condition = model.condition(batch.treatment, jax.nn.one_hot(batch.context, model.context.in_size), key=key_dropout)
+    system = jax.nn.one_hot(batch.system, model.system.in_size)
+    condition = model.condition(batch.treatment, system, key=key_dropout)
     velocity = jax.vmap(model, (0, 0, None))(x, time[:, 0], condition)
     return jnp.mean((velocity - (x1 - x0)) ** 2)
 
 
-@functools.cache
-def make_step(options: Options) -> fitting.Step:
-    """One update on the mean gradient of `conditions` conditions, each coupled on its own: never across contexts."""
-    optimiser = optax.adam(options.learning_rate)
+class CellFlow(fitting.Trained):
+    """CellFlow, which knows a system by its number only."""
 
-    def loss(model, batches, keys):
-        return jax.vmap(lambda batch, key: condition_loss(model, batch, options, key=key))(batches, keys).mean()
+    Options = Options
+    conditions_on = ("treatment", "system")  # Table 1
 
-    def step(state, data, i, key):
-        model, optimiser_state = state
-        key_draw, key_loss = jr.split(key)
-        batches = jax.vmap(lambda k: fitting.draw(data, options.batch, key=k))(jr.split(key_draw, options.conditions))
-        value, gradient = eqx.filter_value_and_grad(loss)(model, batches, jr.split(key_loss, options.conditions))
-        change, optimiser_state = optimiser.update(gradient, optimiser_state)
-        return (eqx.apply_updates(model, change), optimiser_state), value
+    @staticmethod
+    @eqx.filter_jit
+    def build(options, level, systems, log_expression, *, key):
+        """The velocity."""
+        return (Velocity(len(level), systems, options, key=key),)
 
-    return step
+    @staticmethod
+    @functools.cache
+    def make_step(options):
+        """One update on the mean gradient of `conditions` conditions, each coupled on its own: never across systems."""
+        adam = optax.adam(options.learning_rate)
 
+        def loss(model, batches, keys):
+            return jax.vmap(condition_loss, (None, 0, None, 0))(model, batches, options, keys).mean()
 
-# ----------------------------------------------------------------------------------------------------------- prediction
+        def step(state, data, i, key):
+            (model,), (adam_state,) = state
+            key_draw, key_loss = jr.split(key)
+            batches = fitting.draw_many(data, options.batch, options.conditions, key=key_draw)
+            keys = jr.split(key_loss, options.conditions)
+            value, gradient = eqx.filter_value_and_grad(loss)(model, batches, keys)
+            model, adam_state = fitting.update(adam, gradient, model, adam_state)
+            return ((model,), (adam_state,)), value
 
+        return (adam,), step
 
-@eqx.filter_jit
-def transport(model: Velocity, controls: Float[Array, "N D"], treatment: Float[Array, " D"],
-              context: Float[Array, " C"], tolerance: Float[Array, ""]) -> Float[Array, "N D"]:
-    """The ODE dx/dt = v from each control cell at t = 0 to t = 1, Dopri5 with steps of each cell's own."""
-    condition = model.condition(treatment, context)
-    term = diffrax.ODETerm(lambda t, x, _: model(x, t, condition))
-    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    @staticmethod
+    @eqx.filter_jit
+    def carry(networks, options, controls, treatment, system, *, key):
+        """The ODE dx/dt = v from each control cell at t = 0 to t = 1, with steps of each cell's own."""
+        model, = networks
+        condition = model.condition(treatment, system)
 
-    def one(x):
-        return diffrax.diffeqsolve(term, diffrax.Dopri5(), t0=0.0, t1=1.0, dt0=None, y0=x,
-                                   stepsize_controller=controller,
-                                   throw=False).ys[-1]  # infinite if it fails, which whoever writes the cells will see
+        def velocity(x, time):
+            return model(x, time, condition)
 
-    return jax.vmap(one)(controls)
+        def one(cell):
+            return fitting.integrate(velocity, cell, options.tolerance)
 
-
-class CellFlow:
-    """CellFlow, fitted to the training conditions of a screen.
-
-    The one-hots of a treatment and of a biological context that were never trained on count as zero (`unseen`).
-    """
-
-    conditions_on = ("treatment", "context")  # Table 1
-
-    def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
-        """Raises BadInput if there is nothing to fit to, or the loss is no longer finite."""
-        self.options = options
-        data = fitting.training_cells(screen)
-        contexts = len(screen.context_names)
-        self.known = fitting.seen_genes(screen) | (options.unseen == "random")                       # D
-        self.known_contexts = np.isin(np.arange(contexts), data.context) | (options.unseen == "random")  # C
-        self.lowest = 0 if screen.log_expression else -np.inf  # expression is never negative
-        key_model, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
-        model = Velocity(screen.cells.shape[1], contexts, options, key=key_model)
-        self.parameters = fitting.count_parameters(model)
-        state = model, optax.adam(options.learning_rate).init(eqx.filter(model, eqx.is_inexact_array))
-        self.model, _ = fitting.fit("cellflow", make_step(options), state, data, options.updates, key=key_fit)
-
-    def predict(self, controls: Float[np.ndarray, "N D"], context: int, treatment: Float[np.ndarray, "D"],
-                rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
-        """Each control cell, carried along the flow; not random, so `rng` is not used."""
-        hot = (np.arange(len(self.known_contexts)) == context) * self.known_contexts
-        one_hots = (jnp.asarray(v, jnp.float32) for v in (treatment * self.known, hot))
-        cells = transport(self.model, jnp.asarray(controls, jnp.float32), *one_hots,
-                          jnp.asarray(self.options.tolerance))
-        return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)
+        return jax.vmap(one)(controls)

@@ -1,14 +1,14 @@
 """A trained baseline: CondOT, one optimal-transport map for all treatments (Bunne, Krause & Cuturi, NeurIPS 2022).
 
-Paper: 5.2, C.1, table 7. It conditions on the treatment only (Table 1); all that it knows of a biological context is
-the control cell that it moves. Reads and writes nothing; `fitting.py` has the loop.
+Paper: 5.2, C.1, table 7. It conditions on the treatment only (Table 1); all that it knows of a system is the control
+cell that it moves. Reads and writes nothing; `fitting.py` has the loop. Departures, marked where they happen: D35, D36.
 
 Among all maps from one population to another, the one that moves cells least is the gradient of a convex function
 (Brenier). Two networks f(x, t) and g(x, t), convex in the cell x and not in the treatment t (PICNN: Amos et al., 2017),
 play a game (Makkuva et al., 2020) that ends when T = grad_x g carries control onto treated cells, and grad_x f back.
 
-    symbol    name here        shape       meaning
-    x, y      x, y             n D         control cells, treated cells of the same biological context
+    paper     name here        shape       meaning
+    x, y      x, y             n D         control cells, treated cells of the same system
     t         treatment        D           one-hot times the do-value
     f, g      f, g             -> ()       potentials, class Potential
     T         transport        n D -> n D  the map, grad_x g
@@ -17,10 +17,8 @@ play a game (Makkuva et al., 2020) that ends when T = grad_x g carries control o
     A_l, m_l  roots, centres   L D D, L D  the quadratics |A_l (x - m_l)|^2 / 2 that the convex path starts from
 
     n cells of a batch   D genes   L quadratics, as many as genes   H hidden width
-Departures, marked where they happen: [D36], [D35].
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -29,16 +27,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from baselines import fitting
-from data import Screen
 
 
 @dataclass(frozen=True)
 class Options:
+    """Hyperparameters of CondOT."""
     updates: int = 100_000         # steps of f (our guess: the paper is silent)
     batch: int = 256               # cells n of a batch (our guess: the paper is silent)
     learning_rate: float = 1e-4    # of both Adams (the method's default)
@@ -46,9 +43,8 @@ class Options:
     hidden: int = 64               # width H of both paths; 64, 128 or 256 (Table 7)
     layers: int = 2                # hidden layers; 2, 3 or 4 (Table 7)
     penalty: float = 1.0           # weight of the norm of the negative part of g's Wz (the method's default)
-    identity_init: bool = True     # the map starts as T(x) = x (C.1); False: an ordinary random initialisation
-    unseen: str = "zero"           # a treatment that was never trained on is given as zeros; "random": as its one-hot,
-    #                                whose weights are as initialised (released code) [D35]
+    identity_init: bool = True     # the map starts as T(x) = x (C.1); False: an ordinary random initialisation [D36]
+    unseen: str = "zero"           # one-hot of what was never trained on: "zero", or "random" as initialised [D35]
 
 
 # --------------------------------------------------------------------- a function that is convex in the cell (PICNN)
@@ -64,8 +60,10 @@ SMALL = 1e-3                      # what the other kernels are multiplied by
 def linear(inputs: int, outputs: int, identity: bool, bias: float, *, key: PRNGKeyArray) -> eqx.nn.Linear:
     """An ordinary layer or, where T(x) = x asks for it, one that returns `bias` whatever it gets, but for a little."""
     layer = eqx.nn.Linear(inputs, outputs, key=key)
+    if not identity:
+        return layer
     almost_constant = (layer.weight * SMALL, jnp.full(outputs, bias))
-    return eqx.tree_at(lambda l: (l.weight, l.bias), layer, almost_constant) if identity else layer
+    return eqx.tree_at(lambda l: (l.weight, l.bias), layer, almost_constant)
 
 
 class Layer(eqx.Module):
@@ -80,8 +78,10 @@ class Layer(eqx.Module):
     def __init__(self, genes: int, inputs: int, outputs: int, total: int, identity: bool, *, key: PRNGKeyArray):
         """From `inputs` to `outputs` units; identity: each row of Wz sums to `total`."""
         k_convex, k_convex_gate, k_cell, k_cell_gate, k_shift = jr.split(key, 5)
-        random = jr.uniform(k_convex, (outputs, inputs)) / math.sqrt(inputs)
-        self.convex = jnp.full((outputs, inputs), total / inputs) if identity else random
+        if identity:
+            self.convex = jnp.full((outputs, inputs), total / inputs)
+        else:
+            self.convex = jr.uniform(k_convex, (outputs, inputs)) / math.sqrt(inputs)
         self.convex_gate = linear(inputs, inputs, identity, UNIT_GATE, key=k_convex_gate)
         self.cell = linear(genes, outputs, identity, 0.0, key=k_cell).weight
         self.cell_gate = linear(inputs, genes, identity, 1.0, key=k_cell_gate)
@@ -104,28 +104,35 @@ class Potential(eqx.Module):
 
     def __init__(self, genes: int, options: Options, *, key: PRNGKeyArray):
         k_gate, k_roots, k_centres, k_labels, k_layers = jr.split(key, 5)
-        identity, quadratics = options.identity_init, genes
+        quadratics, identity = genes, options.identity_init
         self.gate = eqx.nn.Linear(genes, quadratics, use_bias=False, key=k_gate).weight
         if identity:
-            self.roots, self.centres = jnp.tile(jnp.eye(genes), (quadratics, 1, 1)), jnp.zeros((quadratics, genes))
+            self.roots = jnp.tile(jnp.eye(genes), (quadratics, 1, 1))
+            self.centres = jnp.zeros((quadratics, genes))
         else:
             self.roots = jr.normal(k_roots, (quadratics, genes, genes)) / math.sqrt(genes)
             self.centres = jr.normal(k_centres, (quadratics, genes))
-        widths = [quadratics] + [options.hidden] * options.layers + [1]
-        totals = [quadratics] + [1] * options.layers  # the quadratics carry weights that sum to one, so they are summed
-        self.labels = tuple(eqx.nn.Linear(i, o, key=k)
-                            for i, o, k in zip(widths, widths[1:-1], jr.split(k_labels, options.layers)))
-        self.layers = tuple(Layer(genes, i, o, total, identity, key=k) for i, o, total, k
-                            in zip(widths, widths[1:], totals, jr.split(k_layers, len(totals))))
+        labels, layers = [], []
+        inputs, total = quadratics, quadratics  # the quadratics' weights sum to one, so they are summed; then means
+        for i in range(options.layers):
+            key_label, key_layer = jr.fold_in(k_labels, i), jr.fold_in(k_layers, i)
+            labels.append(eqx.nn.Linear(inputs, options.hidden, key=key_label))
+            layers.append(Layer(genes, inputs, options.hidden, total, identity, key=key_layer))
+            inputs, total = options.hidden, 1
+        layers.append(Layer(genes, inputs, 1, total, identity, key=jr.fold_in(k_layers, options.layers)))
+        self.labels, self.layers = tuple(labels), tuple(layers)
 
     def __call__(self, x: Float[Array, "D"], treatment: Float[Array, "D"]) -> Float[Array, ""]:
         """The potential. Under a vmap over cells only, what depends on the treatment alone is computed once."""
         u = jax.nn.softmax(10 * self.gate @ treatment)  # L
         # A_l (x - m_l) of all l in one product of matrices
-        moved = self.roots.reshape(-1, len(x)) @ x - jnp.einsum("lij,lj->li", self.roots, self.centres).ravel()
-        z = jax.nn.leaky_relu(u * (moved**2).reshape(len(u), -1).sum(-1) / 2)  # L
+        constant = jnp.einsum("lij,lj->li", self.roots, self.centres).ravel()
+        moved = self.roots.reshape(-1, len(x)) @ x - constant  # L*D
+        squared = (moved**2).reshape(len(u), -1).sum(axis=-1)
+        z = jax.nn.leaky_relu(u * squared / 2)  # L
         for label, layer in zip(self.labels, self.layers):
-            u, z = jax.nn.leaky_relu(label(u)), jax.nn.leaky_relu(layer(x, u, z))  # H, from the u and z before
+            z = jax.nn.leaky_relu(layer(x, u, z))  # H, from the u before
+            u = jax.nn.leaky_relu(label(u))
         return self.layers[-1](x, u, z)[0]
 
 
@@ -138,21 +145,31 @@ def transport(g: Potential, cells: Float[Array, "n D"], treatment: Float[Array, 
 
 
 def mean_potential(f: Potential, cells: Float[Array, "n D"], treatment: Float[Array, "D"]) -> Float[Array, ""]:
+    """E[f(x, t)]."""
     return jax.vmap(f, (0, None))(cells, treatment).mean()
+
+
+def convex_weights(f) -> list:
+    """Wz of each layer."""
+    return [layer.convex for layer in f.layers]
 
 
 def negative_norm(g: Potential) -> Float[Array, ""]:
     """Frobenius norm of the negative part of each Wz, summed over layers."""
-    squared = jnp.stack([(jnp.minimum(layer.convex, 0) ** 2).sum() for layer in g.layers])
-    # The root has no derivative at zero, where all is well: without this, every gradient is NaN from the first step.
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0).sum()
+    total = jnp.zeros(())
+    for weights in convex_weights(g):
+        squared = (jnp.minimum(weights, 0) ** 2).sum()
+        # The root has no derivative at zero, where all is well: without this, every gradient is NaN from the start.
+        total += jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+    return total
 
 
 def loss_g(g: Potential, f: Potential, x: Float[Array, "n D"], treatment: Float[Array, "D"],
            penalty: float) -> Float[Array, ""]:
     """E[f(T(x)) - <x, T(x)>]: for a fixed f, the T that minimises it is the inverse of grad f."""
     moved = transport(g, x, treatment)
-    return mean_potential(f, moved, treatment) - (x * moved).sum(-1).mean() + penalty * negative_norm(g)
+    product = (x * moved).sum(axis=-1).mean()
+    return mean_potential(f, moved, treatment) - product + penalty * negative_norm(g)
 
 
 def loss_f(f: Potential, moved: Float[Array, "n D"], y: Float[Array, "n D"],
@@ -166,70 +183,56 @@ def loss_f(f: Potential, moved: Float[Array, "n D"], y: Float[Array, "n D"],
 
 def clamp(f: Potential) -> Potential:
     """f with its Wz >= 0, which makes it convex. g is only asked to be, by the penalty in its loss."""
-    weights = lambda f: [layer.convex for layer in f.layers]
-    return eqx.tree_at(weights, f, [jnp.maximum(w, 0) for w in weights(f)])
+    return eqx.tree_at(convex_weights, f, [jnp.maximum(weights, 0) for weights in convex_weights(f)])
 
 
-@functools.cache
-def optimiser(options: Options) -> optax.GradientTransformation:
-    """Adam with a short memory (the method's default); on one long vector, which compiles faster."""
-    return optax.flatten(optax.adam(options.learning_rate, b1=0.5, b2=0.9))
+class CondOT(fitting.Trained):
+    """Cells of any system moved by one map per treatment, each cell alone.
 
+    A treatment never trained on is, for `unseen="zero"`, a treatment of zeros: all quadratics weigh the same. No known
+    condition is like that, so nothing says where cells go.
+    """
 
-@functools.cache
-def make_step(options: Options) -> fitting.Step:
-    """One update: `inner` steps of g and one of f, all on one training condition, each of g on new control cells."""
-    adam = optimiser(options)
-
-    def step(state, data, i, key):
-        f, g, adam_f, adam_g = state
-        drawn = fitting.draw(data, options.batch * options.inner, key=key)
-        controls = drawn.controls.reshape(options.inner, options.batch, -1)
-        y, treatment = drawn.treated[: options.batch], drawn.treatment
-
-        def step_g(carry, x):
-            g, adam_g = carry
-            updates, adam_g = adam.update(jax.grad(loss_g)(g, f, x, treatment, options.penalty), adam_g)
-            return (eqx.apply_updates(g, updates), adam_g), None
-
-        (g, adam_g), _ = jax.lax.scan(step_g, (g, adam_g), controls)
-        moved = transport(g, controls[-1], treatment)  # constants to f: T does not learn from f's loss
-        loss, gradient = jax.value_and_grad(loss_f)(f, moved, y, treatment)
-        updates, adam_f = adam.update(gradient, adam_f)
-        return (clamp(eqx.apply_updates(f, updates)), g, adam_f, adam_g), loss
-
-    return step
-
-
-# ----------------------------------------------------------------------------------------------------------- the method
-
-_transport = eqx.filter_jit(transport)  # compiled once per number of cells
-
-
-class CondOT:
-    """Cells of any context moved by one map per treatment. Neither the context's index nor `rng` is used."""
-
+    Options = Options
     conditions_on = ("treatment",)  # Table 1
+    grid = {"hidden": (64, 128, 256), "layers": (2, 3, 4)}  # Table 7
 
-    def __init__(self, screen: Screen, rng: np.random.Generator, options: Options = Options()):
-        """Fit f and g to the training conditions; g is kept. Raises BadInput as `fitting` does."""
-        self.options, self.log_expression = options, screen.log_expression
-        self.known = fitting.seen_genes(screen) if options.unseen == "zero" else np.ones(len(screen.genes), bool)
-        key_f, key_g, key_fit = jr.split(jr.key(int(rng.integers(2**31))), 3)
-        f, g = (Potential(len(screen.genes), options, key=key) for key in (key_f, key_g))
-        adam = optimiser(options)
-        # Neither of these two changes the update: with them left in, it would be compiled anew for each value.
-        step = make_step(dataclasses.replace(options, updates=0, unseen=""))
-        self.parameters = fitting.count_parameters((f, g))
-        self.f, self.g, *_ = fitting.fit("condot", step, (f, g, adam.init(f), adam.init(g)),
-                                         fitting.training_cells(screen), options.updates, key=key_fit)
+    @staticmethod
+    @eqx.filter_jit
+    def build(options, level, systems, log_expression, *, key):
+        """f and g."""
+        key_f, key_g = jr.split(key)
+        return Potential(len(level), options, key=key_f), Potential(len(level), options, key=key_g)
 
-    def predict(self, controls: Float[np.ndarray, "N D"], context: int, treatment: Float[np.ndarray, "D"],
-                rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
-        """T(x) of each control cell, on log-expression data no lower than 0.
+    @staticmethod
+    @functools.cache
+    def make_step(options):
+        """One update: `inner` steps of g and one of f, all on one known condition, each of g on new control cells."""
+        # Adam with a short memory (the method's default); on one long vector, which compiles faster.
+        adam = optax.flatten(optax.adam(options.learning_rate, b1=0.5, b2=0.9))
 
-        A treatment never trained on is, for `unseen="zero"`, a treatment of zeros: all quadratics weigh the same. No
-        training condition is like that, so nothing says where cells go. One control cell is enough: each moves alone.
-        """
-        cells = np.asarray(_transport(self.g, jnp.asarray(controls), jnp.asarray(treatment * self.known)))
-        return np.maximum(cells, 0 if self.log_expression else -np.inf).astype(np.float32)
+        def step(state, data, i, key):
+            (f, g), (adam_f, adam_g) = state
+            drawn = fitting.draw(data, options.batch * options.inner, key=key)
+            controls = drawn.controls.reshape(options.inner, options.batch, -1)
+            y, treatment = drawn.treated[: options.batch], drawn.treatment
+
+            def step_g(carry, x):
+                g, adam_g = carry
+                gradient = jax.grad(loss_g)(g, f, x, treatment, options.penalty)
+                return fitting.update(adam, gradient, g, adam_g), None
+
+            (g, adam_g), _ = jax.lax.scan(step_g, (g, adam_g), controls)
+            moved = transport(g, controls[-1], treatment)  # constants to f: T does not learn from f's loss
+            loss, gradient = jax.value_and_grad(loss_f)(f, moved, y, treatment)
+            f, adam_f = fitting.update(adam, gradient, f, adam_f)
+            return ((clamp(f), g), (adam_f, adam_g)), loss
+
+        return (adam, adam), step
+
+    @staticmethod
+    @eqx.filter_jit
+    def carry(networks, options, controls, treatment, system, *, key):
+        """T(x) of each control cell."""
+        _, g = networks
+        return transport(g, controls, treatment)

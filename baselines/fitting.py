@@ -1,14 +1,17 @@
 """What the five trained baselines share: where their cells come from, the loop that trains them, unseen treatments.
 
-Paper: 5.2, appendix C.1. Reads and writes nothing. A method is one file beside this one; each defines
+Paper: 5.2, appendix C.1. Reads and writes nothing. A method is one file beside this one: its `Options`, whose defaults
+are the method's own (the table in scales.py makes them smaller), its networks and losses, and a subclass of `Trained`.
+Departure: D35. What DEPARTURES.md says of each method is marked in its file.
 
-    Options        its hyperparameters; the defaults are the method's own, the table in scales.py makes them smaller
-    loss...        the objective of one batch, as the method's paper has it
-    <Method>       `Method(screen, rng, options)` fits, `.predict(controls, context, treatment, rng)` makes cells (D35)
+    paper        name here   shape     meaning
+    x0, x1       controls,   n D       cells of a batch, all of one condition: n is always the same, so that nothing
+                 treated               recompiles
+    t            treatment   D         one-hot times the do-value
+    psi          system      ()        number of the causal system; S of them as a one-hot
 
-    cells        x     n D     cells of a batch, all of one condition: n is always the same, so nothing recompiles
-    treatment    t     D       one-hot times the do-value
-    C contexts   D genes   R training conditions (a context and a treatment with cells, the control not among them)
+    S systems   D genes   B conditions of an update   R known conditions (a system and a treatment with cells)
+    N cells of a prediction
 """
 
 import functools
@@ -16,107 +19,137 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from data import CONTROL, TRAIN, Screen
+from baselines.simple import known_conditions, lowest_value
 from scales import BadInput
+from tasks import CONTROL, Screen
+
+# -------------------------------------------------------------------------------------------- where cells come from
 
 
 class Cells(NamedTuple):
-    """The training conditions of a screen, on the device. Cells of other conditions are NaN."""
+    """The known conditions of a screen, on the device. Cells of other conditions are NaN."""
     cells: Float[Array, "rows D"]
     start: Int[Array, "R"]            # first row of the treated cells
     count: Int[Array, "R"]            # number of them
-    control_start: Int[Array, "R"]    # the same for the control cells of the same biological context
+    control_start: Int[Array, "R"]    # the same for the control cells of the same system
     control_count: Int[Array, "R"]
     treatment: Float[Array, "R D"]
-    context: Int[Array, "R"]
+    system: Int[Array, "R"]
 
 
 class Batch(NamedTuple):
-    """Cells of one training condition, and control cells of the same biological context."""
-    controls: Float[Array, "n D"]
-    treated: Float[Array, "n D"]
-    treatment: Float[Array, "D"]
-    context: Int[Array, ""]
+    """Cells of one known condition, and control cells of the same system; `draw_many` adds an axis B."""
+    controls: Float[Array, "*B n D"]
+    treated: Float[Array, "*B n D"]
+    treatment: Float[Array, "*B D"]
+    system: Int[Array, "*B"]
 
 
 def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
-    """All TRAIN conditions, of contexts that have control cells; with the controls' own (treatment zero) if asked.
+    """All known conditions; with the controls as conditions of their own (treatment zero) if asked.
 
     Raises BadInput if there is none.
     """
-    usable = (screen.split == TRAIN) & (screen.count > 0) & (screen.count[:, :1] > 0)
-    usable[:, CONTROL] &= controls_too
-    contexts, treatments = np.nonzero(usable)
-    if not treatments.any():
-        raise BadInput("no training condition, of a context that has control cells: nothing to fit a baseline to; "
-                       "lower --min-cells, or use another split")
-    of = lambda table, t: jnp.asarray(table[contexts, t])
-    rows = np.zeros(len(screen.cells), bool)
-    for c, t in {*zip(contexts, treatments), *((c, CONTROL) for c in contexts)}:
-        rows[screen.start[c, t] :][: screen.count[c, t]] = True
+    known = known_conditions(screen)
+    known[:, CONTROL] &= controls_too
+    systems, treatments = np.nonzero(known)
+    visible = np.zeros(len(screen.cells), bool)
+    for s, t in zip(systems, treatments):
+        for condition in (CONTROL, t):
+            start = screen.start[s, condition]
+            visible[start : start + screen.count[s, condition]] = True
     # NaN, so that a look at another condition would show; not left out, so all splits have one shape and compile once.
-    cells = jnp.asarray(np.where(rows[:, None], screen.cells, np.nan))
-    return Cells(cells, of(screen.start, treatments), of(screen.count, treatments), of(screen.start, CONTROL),
-                 of(screen.count, CONTROL), of(screen.treatments, treatments), jnp.asarray(contexts))
+    cells = jnp.asarray(np.where(visible[:, None], screen.cells, np.float32(np.nan)))
+    return Cells(cells, jnp.asarray(screen.start[systems, treatments]), jnp.asarray(screen.count[systems, treatments]),
+                 jnp.asarray(screen.start[systems, CONTROL]), jnp.asarray(screen.count[systems, CONTROL]),
+                 jnp.asarray(screen.treatments[systems, treatments]), jnp.asarray(systems))
 
 
 def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
     """n control and n treated cells, with replacement, of a condition drawn at random. Runs inside jit."""
     key_condition, key_controls, key_treated = jr.split(key, 3)
     r = jr.randint(key_condition, (), 0, len(data.start))
-    rows = lambda key, start, count: data.cells[start + jr.randint(key, (n,), 0, count)]
-    return Batch(rows(key_controls, data.control_start[r], data.control_count[r]),
-                 rows(key_treated, data.start[r], data.count[r]), data.treatment[r], data.context[r])
+    controls = data.control_start[r] + jr.randint(key_controls, (n,), 0, data.control_count[r])
+    treated = data.start[r] + jr.randint(key_treated, (n,), 0, data.count[r])
+    return Batch(data.cells[controls], data.cells[treated], data.treatment[r], data.system[r])
+
+
+def draw_many(data: Cells, n: int, conditions: int, *, key: PRNGKeyArray) -> Batch:
+    """As `draw`, of B = `conditions` conditions."""
+    def one(key):
+        return draw(data, n, key=key)
+
+    return jax.vmap(one)(jr.split(key, conditions))
 
 
 def seen_genes(screen: Screen) -> Bool[np.ndarray, "D"]:
-    """Genes that were treated in some training condition.
+    """Genes that were treated in some known condition.
 
     [D35] paper: silent; released code: the one-hot of another gene meets weights as initialised, which is noise;
     here: each method multiplies the treatment by this unless its option `unseen` is "random".
     """
-    return screen.treatments[(screen.split == TRAIN) & (screen.count > 0)].any(0)
+    return screen.treatments[known_conditions(screen)].any(axis=0)
 
 
-# A step: (state, data, update number, key) -> (state, loss). Jitted once per function and shapes, in chunks of updates,
-# so that a small step is not slowed by its own launch. Methods `functools.cache` the function that makes their step.
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+# A step: (state, data, update number, key) -> (state, loss); the state is a tuple of networks and one of the states of
+# their optimisers. Jitted once per function and shapes, in chunks, so that a small step is not slowed by its own launch.
 Step = Callable[[PyTree, Cells, Int[Array, ""], PRNGKeyArray], tuple[PyTree, Float[Array, ""]]]
 CHUNK = 50  # updates per launch
+
+
+def update(optimiser: optax.GradientTransformation, gradient: PyTree, model: PyTree,
+           state: PyTree) -> tuple[PyTree, PyTree]:
+    """The model and the optimiser's state after one update."""
+    change, state = optimiser.update(gradient, state)
+    return eqx.apply_updates(model, change), state
+
+
+def scan(step: Callable, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """jax.lax.scan for a state that holds functions, as networks do, beside arrays."""
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def body(arrays, x):
+        state, output = step(eqx.combine(arrays, static), x)
+        return eqx.filter(state, eqx.is_array), output
+
+    arrays, outputs = jax.lax.scan(body, arrays, inputs)
+    return eqx.combine(arrays, static), outputs
 
 
 @functools.cache
 def _chunk(step: Step):
     @eqx.filter_jit
     def run(state, data, key, first):
-        arrays, static = eqx.partition(state, eqx.is_array)
+        def one(state, i):
+            return step(state, data, i, jr.fold_in(key, i))
 
-        def body(arrays, i):
-            state, loss = step(eqx.combine(arrays, static), data, i, jr.fold_in(key, i))
-            return eqx.filter(state, eqx.is_array), loss
-
-        arrays, losses = jax.lax.scan(body, arrays, first + jnp.arange(CHUNK))
-        return eqx.combine(arrays, static), losses
+        return scan(one, state, first + jnp.arange(CHUNK))
 
     return run
 
 
 def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key: PRNGKeyArray) -> PyTree:
-    """`updates` steps, rounded up to chunks; returns the last state: models, optimiser states, whatever `step` takes.
+    """The state after `updates` steps, rounded up to chunks.
 
     Prints updates, loss and seconds. Raises BadInput if the loss is no longer finite.
     """
     began, losses = time.perf_counter(), np.full(1, np.nan)
     for first in tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2):
         state, losses = _chunk(step)(state, data, key, jnp.asarray(first))
-        if not np.isfinite(losses := np.asarray(losses)).all():
+        losses = np.asarray(losses)
+        if not np.isfinite(losses).all():
             raise BadInput(f"{name}: the loss is no longer finite after {first + CHUNK} updates; "
                            "lower its learning rate")
     print(f"  {name}: {updates} updates, last losses {losses.mean():.4g}, {time.perf_counter() - began:.1f} s",
@@ -124,6 +157,81 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key:
     return state
 
 
-def count_parameters(model: PyTree) -> int:
+def count_parameters(models: PyTree) -> int:
     """Number of trainable scalars."""
-    return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+    leaves = jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))
+    return sum(leaf.size for leaf in leaves)
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+
+
+def integrate(velocity: Callable, cells: Float[Array, "*N D"], tolerance: float | Array) -> Float[Array, "*N D"]:
+    """The ODE dx/dt = velocity(x, t) from `cells` at t = 0 to t = 1, Dopri5 with adaptive steps.
+
+    Infinite if the solver fails, which whoever writes the cells will see.
+    """
+    def field(t, x, _):
+        return velocity(x, t)
+
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    solution = diffrax.diffeqsolve(diffrax.ODETerm(field), diffrax.Dopri5(), t0=0.0, t1=1.0, dt0=None, y0=cells,
+                                   stepsize_controller=controller, throw=False)
+    return solution.ys[-1]
+
+
+class Trained:
+    """A trained baseline: what all do; a subclass defines the rest.
+
+    The one-hots of a gene that no known condition treats, and of a system without known condition, count as zero
+    [D35]; with the option unseen = "random" they are given as they are.
+    """
+
+    Options: type                   # hyperparameters
+    conditions_on: tuple[str, ...]  # Table 1: "treatment", "system", "controls"
+    controls_too = False            # are controls trained on as a condition of their own?
+    grid: dict[str, tuple] = {}     # what --search tries (Table 7)
+
+    @staticmethod
+    def build(options, level: Float[Array, "D"], systems: int, log_expression: bool, *, key: PRNGKeyArray) -> tuple:
+        """The networks before the first update; `level` is the mean of the training cells."""
+        raise NotImplementedError
+
+    @staticmethod
+    def make_step(options) -> tuple[tuple[optax.GradientTransformation, ...], Step]:
+        """An optimiser for each network, and one update. Cached, so that each step is compiled once."""
+        raise NotImplementedError
+
+    @staticmethod
+    def carry(networks: tuple, options, controls: Float[Array, "N D"], treatment: Float[Array, "D"],
+              system: Float[Array, "S"], *, key: PRNGKeyArray) -> Float[Array, "N D"]:
+        """Predicted cells, from control cells and two one-hots."""
+        raise NotImplementedError
+
+    def __init__(self, screen: Screen, rng: np.random.Generator, options):
+        """Fit to the known conditions. Raises BadInput if there is none, or if the loss is no longer finite."""
+        self.options, self.lowest = options, lowest_value(screen)
+        data = training_cells(screen, self.controls_too)
+        random = options.unseen == "random"
+        self.known_genes = seen_genes(screen) | random                                                  # D
+        self.known_systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system)) | random  # S
+        key_build, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
+        level = jnp.nanmean(data.cells, axis=0)
+        networks = self.build(options, level, len(screen.systems), screen.log_expression, key=key_build)
+        self.parameters = count_parameters(networks)
+        optimisers, step = self.make_step(options)
+        states = []
+        for optimiser, network in zip(optimisers, networks):
+            states.append(optimiser.init(eqx.filter(network, eqx.is_inexact_array)))
+        state = networks, tuple(states)
+        self.networks, _ = fit(type(self).__name__, step, state, data, options.updates, key=key_fit)
+
+    def predict(self, controls: Float[np.ndarray, "N D"], system: int, treatment: Float[np.ndarray, "D"],
+                rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
+        """One cell for each control cell, on log-expression data no lower than 0."""
+        known_treatment = treatment * self.known_genes
+        known_system = (np.arange(len(self.known_systems)) == system) & self.known_systems
+        cells = self.carry(self.networks, self.options, jnp.asarray(controls, jnp.float32),
+                           jnp.asarray(known_treatment, jnp.float32), jnp.asarray(known_system, jnp.float32),
+                           key=jr.key(int(rng.integers(2**31))))
+        return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What all tests share: the import path, checked types and shapes, two CPU devices, and one briefly trained model."""
+"""What all tests share: the import path, checked types and shapes, two CPU devices, screens, and a small trained model."""
 
 import dataclasses
 import os
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jaxtyping
 import matplotlib
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,46 +22,64 @@ if jax.__version_info__[:2] == (0, 10):  # a version that does not know the flag
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 # Every annotated type and shape of these modules is checked when a function is called, or traced.
-MODULES = ["scales", "data", "prior", "model", "train", "sample", "baselines", "metrics", "figures"]
+MODULES = ["scales", "tasks", "data", "prior", "model", "train", "sample", "baselines", "metrics", "figures", "tables"]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 
-@pytest.fixture(autouse=True)
-def unchecked_command_line(monkeypatch):
-    """Except for the settings while the command line is read: tyro marks a missing word by an object that is no str."""
-    import scales
+def write_linear(folder: Path, **changes) -> None:
+    """A small screen of linear SCMs, as prior.py lays it out."""
+    import prior
 
-    parse = scales.parse
-
-    def unchecked(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-            return parse(*arguments)
-
-    monkeypatch.setattr(scales, "parse", unchecked)
+    sizes = {"systems": 16, "validation": 2, "test": 2, "genes": 5, "population": 32, "test_population": 32} | changes
+    prior.make_linear(prior.Settings("linear", scale="smoke", **sizes), folder / "split-0")
 
 
 class Trained(NamedTuple):
     settings: object      # train.Settings
     folder: Path          # model.eqx, log.csv
+    screen: object        # tasks.Screen
     update: object        # the compiled update, for runs of the same shape
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
-    """A tiny linear-SCM run by train.train, undisturbed: 120 updates, in the place where sample.py looks for it."""
+    """A small run on linear SCMs, undisturbed: 120 updates, in the place where sample.py looks for it."""
+    import tasks
     import train
 
     settings = train.Settings(
-        "linear", scale="smoke", genes=5, width=16, depth=2, heads=2, registers=2, remat=False, skip=True,
-        film_query=True, treatment_gain=10.0, contexts=16, refresh=50, population=32, cells=6, context=2, updates=120,
-        micro_batch=8, accumulate=1, learning_rate=3e-3, warmup=0.1, weight_decay=1e-2, ema=0.98, log_every=1,
-        validate_every=1000, out=tmp_path_factory.mktemp("out"))
-    (_, folder, _), = train.runs(settings)
-    return Trained(settings, folder, train.train(settings, folder))
+        screen="dags", name="dags", scale="smoke", width=16, depth=2, heads=2, registers=2, remat=False,
+        skip=True, film_query=True, treatment_gain=10.0, cells=6, context=2, updates=120, micro_batch=8, accumulate=1,
+        learning_rate=3e-3, warmup=0.1, weight_decay=1e-2, ema=0.98, log_every=1, validate_every=1000,
+        out=tmp_path_factory.mktemp("out"))
+    write_linear(settings.out / "smoke" / "screens" / "dags")
+    folder, (path,) = train.run_folder(settings, "dags", 0), tasks.splits(settings)
+    screen = tasks.load_screen(path)
+    return Trained(settings, folder, screen, train.train(settings, folder, screen))
 
 
 @pytest.fixture
 def like(trained):
     """Settings of `trained`, changed as asked."""
-    return lambda **changed: dataclasses.replace(trained.settings, **changed)
+    def changed(**changes):
+        return dataclasses.replace(trained.settings, **changes)
+
+    return changed
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """Run a script's main() on a command line, in this process."""
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, words)])
+        import train
+
+        monkeypatch.setattr(train, "use_all_cores", lambda share: None)  # the devices are chosen already
+        script.main()
+
+    return run
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

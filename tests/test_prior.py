@@ -1,4 +1,4 @@
-"""Claims about the two priors: graphs, interventions, simulation, and the shards they are kept in."""
+"""Claims about the two priors: graphs, interventions, simulation, and the screens that they are written as."""
 
 import dataclasses
 import os
@@ -10,125 +10,121 @@ import time
 import networkx
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
-from tqdm import tqdm
+import scipy.stats
 
-with install_import_hook("prior", "beartype.beartype"):
-    import prior
-from data import ABSENT, CONTROL, TEST, TRAIN
+import prior
+import tasks
 from scales import BadInput
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Linear structural causal models
-# ---------------------------------------------------------------------------------------------------------------------
+from tasks import ABSENT, CONTEXT, CONTROL, TEST, TRAIN, VALIDATION
 
 
-def test_dags_are_acyclic_and_half_full():
-    """No path of D edges exists, and half of the node pairs are joined by an edge."""
-    edges = prior.sample_dags(np.random.default_rng(0), 300, 8) != 0
-    assert not np.linalg.matrix_power(edges.astype(int), 8).any()
-    assert edges.sum() / (300 * 8 * 7 / 2) == pytest.approx(0.5, abs=0.02)
+def rng(seed=0):
+    """A generator."""
+    return np.random.default_rng(seed)
 
 
-def test_causal_order_is_hidden():
-    """Every node is as likely as any other to have no parents, so an index says nothing about the causal order."""
-    roots = (prior.sample_dags(np.random.default_rng(0), 3000, 5) == 0).all(2).mean(0)
-    assert np.ptp(roots) < 0.06                          # about 4 standard errors of a difference
+# ------------------------------------------------------------------------------------ linear structural causal models
+
+
+def test_dags_are_acyclic_half_full_and_hide_their_order():
+    """No path of D edges exists, half of the pairs are joined, and every node is as likely to have no parents."""
+    generator = rng()
+    edges = np.array([prior.sample_dag(generator, 6) != 0 for _ in range(3000)])
+    assert not np.linalg.matrix_power(edges.astype(int), 6).any()
+    assert edges.sum() / (3000 * 6 * 5 / 2) == pytest.approx(0.5, abs=0.02)
+    roots = (~edges).all(axis=2).mean(axis=0)
+    assert np.ptp(roots) < 0.06  # about 4 standard errors of a difference
 
 
 def test_normalisation_of_two_nodes():
     """With one edge of weight w, W becomes w / sqrt(1 + w^2): the child's variance is 1 + w^2 / (1 + w^2), not 1."""
-    w = prior.sample_dags(np.random.default_rng(0), 2000, 2, edge_probability=1.0).sum((1, 2))
+    generator = rng()
+    w = np.array([prior.sample_dag(generator, 2, edge_probability=1.0).sum() for _ in range(2000)])
     assert 0.5 / np.sqrt(1.25) <= abs(w).min() < 0.46 and 0.89 < abs(w).max() <= 2 / np.sqrt(5)
     assert abs((w > 0).mean() - 0.5) < 0.05
-    variance = (np.linalg.inv(np.eye(20) - prior.sample_dags(np.random.default_rng(1), 500, 20)) ** 2).sum(-1)
+    dags = np.array([prior.sample_dag(generator, 20) for _ in range(500)])
+    variance = (np.linalg.inv(np.eye(20) - dags) ** 2).sum(axis=-1)
     assert variance.min() > 1 - 1e-9 and 1.0 < np.median(variance) < 1.1 and np.quantile(variance, 0.99) < 2.3
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_intervention_replaces_one_equation(shared):
-    """do(t) sets z_t = c; the other nodes keep their equations, whose noise is the same for all t only if shared."""
-    rng = np.random.default_rng(0)
-    w = prior.sample_dags(rng, 3, 6)
-    cells, values = prior.simulate_linear(rng, w, 400, shared)
-    noise = cells - np.einsum("ckj,ctnj->ctnk", w, cells)            # what each equation leaves over
+def test_intervention_replaces_one_equation():
+    """do(t) sets z_t = c; the other nodes keep their equations, with standard normal noise that is new for each t."""
+    w = prior.sample_dag(rng(), 6)
+    values = rng(1).uniform(0.5, 1.5, 6)
+    cells = prior.simulate_linear(rng(2), w, values, 2000)
+    noise = cells - cells @ w.T  # what each equation leaves over
     for t in range(6):
-        assert (cells[:, 1 + t, :, t] == values[:, t, None]).all()
-        others = np.delete(np.arange(6), t)
-        if shared:
-            reference = noise[:, 1 + (np.arange(6) + 1) % 6, :, np.arange(6)][others]    # of an intervention elsewhere
-            np.testing.assert_allclose(noise[:, 1 + t][..., others], np.moveaxis(reference, 0, -1), atol=1e-5)
-        assert noise[:, 1 + t][..., others].std() == pytest.approx(1, abs=0.05)
-    correlation = np.corrcoef(noise[:, 1, :, 3].ravel(), noise[:, 2, :, 3].ravel())[0, 1]
-    assert correlation == pytest.approx(1 if shared else 0, abs=0.1)
-    assert abs(np.corrcoef(noise[:, 0, :, 3].ravel(), noise[:, 2, :, 3].ravel())[0, 1]) < 0.1    # control: never shared
+        np.testing.assert_allclose(cells[1 + t, :, t], values[t], rtol=1e-12)
+        others = np.delete(noise[1 + t], t, axis=1)
+        np.testing.assert_allclose(np.cov(others.T), np.eye(5), atol=0.15)
+    for a, b in ((0, 1), (1, 2)):
+        assert abs(np.corrcoef(noise[a, :, 3], noise[b, :, 3])[0, 1]) < 0.1
 
 
 def test_means_move_by_the_total_effect():
-    """Under do(t = c), node k's mean is c T[k, t] if it is a descendant of t; other nodes stay as they were."""
-    rng = np.random.default_rng(1)
-    w = prior.sample_dags(rng, 2, 6)
+    """Under do(t = c) the mean of a descendant k is c T[k, t]; all others keep the distribution they had without it."""
+    w = prior.sample_dag(rng(1), 6)
     effect = np.linalg.inv(np.eye(6) - w)
-    cells, values = prior.simulate_linear(rng, w, 20_000, shared_noise=True)
-    expected = values[:, :, None] * effect.swapaxes(1, 2)                               # C t k
-    np.testing.assert_allclose(cells[:, 1:].mean(2), expected, atol=0.05)
-    assert (abs(expected) > 0.3).sum() > 12                                             # there is something to see
-    for c in range(2):
-        for k in range(6):
-            unmoved = [t for t in range(6) if abs(effect[c, k, t]) < 1e-9]
-            assert all(np.allclose(cells[c, 1 + t, :, k], cells[c, 1 + unmoved[0], :, k], atol=1e-5) for t in unmoved)
+    values = rng(2).uniform(0.5, 1.5, 6)
+    cells = prior.simulate_linear(rng(3), w, values, 20_000)
+    expected = values[:, None] * effect.T  # t k
+    np.testing.assert_allclose(cells[1:].mean(axis=1), expected, atol=0.05)
+    assert (abs(expected) > 0.3).sum() > 6  # there is something to see
+    unmoved = np.argwhere(abs(effect.T) < 1e-9)
+    assert len(unmoved) > 6
+    for t, k in unmoved:
+        assert scipy.stats.ks_2samp(cells[1 + t, :, k], cells[CONTROL, :, k]).pvalue > 1e-4
 
 
-def test_every_condition_has_unit_variance():
-    """Each variable of each condition has standard deviation 1, but the one that was set, which keeps its value."""
-    screen = prior.linear_screen(np.random.default_rng(0), 4, 20, 500)
-    cells = screen.cells.reshape(4, 21, 500, 20)
-    sd = cells.std(2)
-    for t in range(20):
-        np.testing.assert_array_equal(cells[:, 1 + t, :, t], np.repeat(screen.treatments[:, 1 + t, t, None], 500, 1))
-        sd[:, 1 + t, t] = 1
-    np.testing.assert_allclose(sd, 1, atol=1e-4)
-    assert abs(screen.cells).max() <= 10
+def run(monkeypatch, folder, *words):
+    """Call prior.main as a command at smoke scale."""
+    monkeypatch.setattr(sys, "argv", ["prior.py", *words, "--scale", "smoke", "--out", str(folder)])
+    prior.main()
 
 
-def test_linear_screen_layout():
-    """Conditions follow each other by context, then treatment; only the last contexts have TEST treatments, half."""
-    screen = prior.linear_screen(np.random.default_rng(0), 5, 6, 32, held_out=2)
-    np.testing.assert_array_equal(screen.start.ravel(), 32 * np.arange(5 * 7))
-    assert screen.cells.dtype == np.float32 and len(screen.cells) == screen.count.sum() and not screen.log_expression
-    assert (screen.split[:3] == TRAIN).all() and (screen.split[:, CONTROL] == TRAIN).all()
-    assert ((screen.split[3:] == TEST).sum(1) == 3).all()
-    value = screen.treatments[:, 1:][:, np.arange(6), np.arange(6)]
-    assert value.min() >= 0.5 and value.max() <= 1.5 and len(np.unique(value)) == 30
-    assert not screen.treatments[:, CONTROL].any() and (screen.treatments != 0).sum() == 30
-    with pytest.raises(BadInput, match="hold out"):
-        prior.linear_screen(np.random.default_rng(0), 2, 6, 32, held_out=3)
+def test_linear_screen(tmp_path, monkeypatch, capsys):
+    """The command writes training, validation and test graphs in order, the last two held out wholly; then skips."""
+    run(monkeypatch, tmp_path, "linear", "--genes", "7", "--systems", "5")
+    screen = tasks.load_screen(tmp_path / "smoke/screens/linear/split-0")
+    assert screen.made["section"] == screen.made["paper"] == "linear" and not screen.log_expression
+    assert screen.count[:, CONTROL].tolist() == 5 * [64] + 6 * [500] and np.ptp(screen.count, axis=1).max() == 0
+    np.testing.assert_array_equal(screen.start.ravel(), np.cumsum(screen.count) - screen.count.ravel())
+    assert (screen.split[:5] == TRAIN).all() and not (screen.split[5:] == TRAIN).any()
+    assert (screen.split[5:, CONTROL] == CONTEXT).all()
+    for systems, use in ((slice(5, 9), VALIDATION), (slice(9, 11), TEST)):
+        asked = screen.split[systems] == use
+        assert (asked.sum(axis=1) == 3).all() and (screen.split[systems][~asked] == CONTEXT).all()
+    node = np.arange(7)
+    value = screen.treatments[:, 1 + node, node]
+    assert value.min() >= 0.5 and value.max() <= 1.5 and len(np.unique(value)) == 77
+    assert (screen.treatments != 0).sum() == 77 and not screen.treatments[:, CONTROL].any()
+    for s, t in np.ndindex(11, 8):
+        pool, unit = screen.pool(s, t), np.ones(7)
+        if t != CONTROL:  # every variable has unit variance, but the one that was set, which keeps its value
+            assert (pool[:, t - 1] == value[s, t - 1]).all()
+            unit[t - 1] = 0
+        np.testing.assert_allclose(pool.std(axis=0), unit, atol=1e-2)  # some are clipped
+        assert abs(pool).max() <= 10
+    run(monkeypatch, tmp_path, "linear", "--genes", "7", "--systems", "5")
+    assert "finished, skipped" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="genes 7, now 8"):
+        run(monkeypatch, tmp_path, "linear", "--systems", "5")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Graphs of gene regulatory networks
-# ---------------------------------------------------------------------------------------------------------------------
 
-
-def test_grn_graphs_suit_the_simulator():
-    """No cycle, at least one master regulator, and no gene without an edge, whatever the seed."""
-    for seed in range(150):
-        genes = (3, 8, 20)[seed % 3]
-        parents = prior.sample_grn_graph(np.random.default_rng(seed), genes)
-        assert not np.linalg.matrix_power(parents.astype(int), genes).any()
-        assert prior.graph_statistics(parents)[-1] >= 1 and (parents.any(0) | parents.any(1)).all()
+# ------------------------------------------------------------------------------- graphs of gene regulatory networks
 
 
 def test_weakest_edge_of_every_cycle_is_cut():
     """The shortcut through reachability removes what listing all cycles, and the weakest edge of each, removes."""
     cut = 0
     for seed in range(40):
-        parents = prior.grow_graph(np.random.default_rng(seed), 12)
-        order = [tuple(edge) for edge in np.random.default_rng(seed).permutation(np.argwhere(parents))]
+        parents = prior.grow_graph(rng(seed), 12)
+        order = [tuple(edge) for edge in rng(seed).permutation(np.argwhere(parents))]
         expected = parents.copy()
         for cycle in networkx.simple_cycles(networkx.DiGraph([(j, k) for k, j in order])):
             weakest = max(zip(cycle[1:] + cycle[:1], cycle), key=order.index)
             expected[weakest] = False
-        np.testing.assert_array_equal(prior.cut_cycles(np.random.default_rng(seed), parents), expected)
+        np.testing.assert_array_equal(prior.cut_cycles(rng(seed), parents), expected)
         cut += (parents & ~expected).sum()
     assert cut > 40
 
@@ -136,39 +132,60 @@ def test_weakest_edge_of_every_cycle_is_cut():
 def test_gene_number_does_not_tell_the_hubs():
     """Genes that joined early regulate more targets; after shuffling, a gene's number and its targets are unrelated."""
     def correlation(sample):
-        targets = np.array([sample(np.random.default_rng(seed)).sum(0) for seed in range(200)])
+        targets = np.array([sample(rng(seed), 20).sum(axis=0) for seed in range(200)])
         return np.corrcoef(np.tile(np.arange(20), 200), targets.ravel())[0, 1]
-    assert correlation(lambda rng: prior.grow_graph(rng, 20)) < -0.3
-    assert abs(correlation(lambda rng: prior.sample_grn_graph(rng, 20))) < 0.05           # 3 standard errors
+
+    assert correlation(prior.grow_graph) < -0.3
+    assert abs(correlation(prior.sample_grn_graph)) < 0.05  # 3 standard errors
 
 
-def test_degrees_agree_with_the_released_generator():
-    """Edges, degrees and master regulators of 200 graphs are within two standard errors of the released 30."""
-    rows = np.array([prior.graph_statistics(prior.sample_grn_graph(np.random.default_rng(s), 50)) for s in range(200)])
-    for (name, (mean, sd)), ours in zip(prior.RELEASED.items(), rows.mean(0)):
-        assert abs(ours - mean) < 2 * sd * np.sqrt(1 / 30 + 1 / 200), (name, ours)
+# Mean and sd over 30 GRNs of the released generator, of 50 genes, 4 conditions of 200 cells: measured, not published
+RELEASED_GRAPHS = {"edges": (69, 10), "regulators a gene": (1.38, 0.20), "largest in-degree": (4.0, 0.9),
+                   "largest out-degree": (7.0, 2.1), "master regulators": (4.1, 2.0)}
+RELEASED_COUNTS = {"zero counts, %": (64, 11), "counts a cell": (159, 86)}
+
+
+def graph_statistics(parents):
+    """The rows of RELEASED_GRAPHS for one graph."""
+    regulators, targets = parents.sum(axis=1), parents.sum(axis=0)
+    masters = (regulators == 0) & (targets > 0)
+    return [parents.sum(), regulators.mean(), regulators.max(), targets.max(), masters.sum()]
+
+
+def agrees(rows, released):
+    """The mean of each column is within two standard errors of the released generator's."""
+    rows = np.array(rows)
+    for (name, (mean, sd)), ours in zip(released.items(), rows.mean(axis=0)):
+        assert abs(ours - mean) < 2 * sd * np.sqrt(1 / 30 + 1 / len(rows)), (name, ours)
+
+
+def test_grn_graphs_suit_the_simulator_and_agree_with_the_released_generator():
+    """No cycle, a master regulator, and no gene without an edge, at every size; at 50 genes, the released degrees."""
+    for genes in (3, 8, 50):
+        rows = []
+        for seed in range(200):
+            parents = prior.sample_grn_graph(rng(seed), genes)
+            assert not np.linalg.matrix_power(parents.astype(float), genes).any()
+            assert (parents.any(axis=0) | parents.any(axis=1)).all()
+            rows.append(graph_statistics(parents))
+        assert np.min(rows, axis=0)[-1] >= 1
+    agrees(rows, RELEASED_GRAPHS)
 
 
 def test_counts_agree_with_the_released_generator():
-    """Zeros and counts per cell at the paper's size are within two standard errors of the released generator's."""
-    rows = prior.statistics(seed=1, genes=50, population=200, grns=12)
-    for (name, (mean, sd)), ours in list(zip(prior.RELEASED.items(), rows.mean(0)))[5:7]:
-        assert abs(ours - mean) < 2 * sd * np.sqrt(1 / 30 + 1 / 12), (name, ours)
-    assert 2 <= rows[:, 7].mean() < 5                    # per cent of genes without a count; the knocked-out one is 2
+    """Zeros and counts per cell at the paper's size, and genes without a count, of which the knocked-out one is 2%."""
+    rows, silent = [], []
+    for seed in range(12):
+        network = prior.sample_network(rng(seed), 50)
+        conditions = [prior.simulate_condition(network, t, 200, seed, t, 9 + t) for t in range(1, 5)]
+        counts = np.array([cells for cells in conditions if cells is not None])
+        rows.append([100 * (counts == 0).mean(), counts.sum(axis=2).mean()])
+        silent.append(100 * (counts.max(axis=1) == 0).mean())
+    agrees(rows, RELEASED_COUNTS)
+    assert 2 <= np.mean(silent) < 5  # released: 2.9
 
 
-def test_statistics_command(capsys, monkeypatch, tmp_path):
-    """--statistics prints a row for each statistic, ours and the released generator's, and writes nothing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", "prior.py --scale smoke --genes 6 --population 5 --statistics".split())
-    prior.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(prior.RELEASED) and all(line.count("+-") == 2 for line in lines[2:])
-    assert not list(tmp_path.iterdir())
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Simulation
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- simulation
 
 
 def network_of(edges, genes, **changes):
@@ -181,66 +198,76 @@ def network_of(edges, genes, **changes):
     return dataclasses.replace(quiet, **changes)
 
 
-CHAIN = {(0, 1): 3.0, (4, 1): 1.0, (1, 2): 2.0, (2, 3): 2.0}      # genes 0 and 4 regulate 1, which regulates 2, ...
+CHAIN = {(0, 1): 3.0, (4, 1): 1.0, (1, 2): 2.0, (2, 3): 2.0}  # genes 0 and 4 regulate 1, which regulates 2, ...
+WEAK = {(0, 1): 0.1, (2, 3): 2.0}
+
+
+def change_of_means(network, yardstick):
+    """Each gene's mean without gene 0, over its mean in control cells; the yardstick is out of reach: its is 1."""
+    control, treated = [prior.simulate_condition(network, t, 400, 1, 2, 3).mean(axis=0) for t in (CONTROL, 1)]
+    assert treated[0] == 0
+    return treated / treated[yardstick] * control[yardstick] / control
 
 
 def test_knock_out_moves_direct_targets_only():
-    """The gene is not counted; its target loses its share of the drive; the targets' targets stay (sergio-rs)."""
-    control, treated = (prior.simulate_condition(network_of(CHAIN, 5), t, 400, 1, 2, 3).mean(0) for t in (CONTROL, 1))
-    assert treated[0] == 0 and control[0] > 1000
-    ratio = treated / treated[4] * control[4] / control              # gene 4 is out of reach: it is the yardstick
+    """A target loses its share of the drive; the targets' targets stay; a sole target may even *rise* (sergio-rs)."""
+    ratio = change_of_means(network_of(CHAIN, 5), yardstick=4)
     assert ratio[1] == pytest.approx(1 / (3 + 1), rel=0.05)
     np.testing.assert_allclose(ratio[2:4], 1, rtol=0.05)
-
-
-def test_the_target_of_a_lost_sole_regulator_can_rise():
-    """A weak regulator is knocked out; its only target becomes a master regulator: its mean goes *up* (sergio-rs)."""
-    weak = network_of({(0, 1): 0.1, (2, 3): 2.0}, 4)
-    control, treated = (prior.simulate_condition(weak, t, 400, 1, 2, 3).mean(0) for t in (CONTROL, 1))
-    ratio = treated / treated[2] * control[2] / control
+    ratio = change_of_means(network_of(WEAK, 4), yardstick=2)
     assert ratio[1] > 2 and ratio[3] == pytest.approx(1, rel=0.05)
 
 
 def test_each_condition_has_a_network_of_its_own():
     """Control and a knock-out come out the same whichever other knock-outs were simulated before them."""
-    run = lambda t: prior.simulate_condition(network_of(CHAIN, 5, process_noise=1.0), t, 50, 1, 2, 3)
-    alone = run(CONTROL), run(2)
-    for t in range(1, 6):
-        run(t)
-    np.testing.assert_array_equal(run(CONTROL), alone[0])
-    np.testing.assert_array_equal(run(2), alone[1])
+    noisy = network_of(CHAIN, 5, process_noise=1.0)
+    before = [prior.simulate_condition(noisy, t, 50, 1, 2, 3) for t in range(6)]
+    for t in (2, CONTROL):
+        np.testing.assert_array_equal(prior.simulate_condition(noisy, t, 50, 1, 2, 3), before[t])
 
 
 def test_knock_outs_share_noise_only_if_paired(monkeypatch):
     """Two paired knock-outs agree cell by cell on genes neither of them reaches; unpaired ones, and control, do not."""
     noisy = network_of({(0, 1): 2.0, (2, 3): 2.0, (4, 5): 2.0}, 6, process_noise=1.0)
     monkeypatch.setattr(prior, "sample_network", lambda rng, genes: noisy)
-    correlations = {}
-    for unpaired in (False, True):
-        _, counts = prior.simulate_grn(0, 6, 300, unpaired, 0)
-        correlations[unpaired] = [np.mean([np.corrcoef(counts[a][:, g], counts[b][:, g])[0, 1] for g in (2, 3, 4, 5)])
-                                  for a, b in ((1, 2), (0, 1))]
-    assert correlations[False][0] > 0.95
-    assert max(correlations[False][1], *correlations[True]) < 0.6    # not 0: few of the 300 moments are independent
+
+    def correlation(unpaired, a, b):
+        counts = prior.simulate_grn(0, 6, 300, unpaired, 0)[1]
+        return np.mean([np.corrcoef(counts[a][:, g], counts[b][:, g])[0, 1] for g in (2, 3, 4, 5)])
+
+    assert correlation(False, 1, 2) > 0.95
+    for unpaired, a, b in ((False, 0, 1), (True, 1, 2), (True, 0, 1)):
+        assert correlation(unpaired, a, b) < 0.6  # not 0: few of the 300 moments are independent
 
 
-@pytest.mark.parametrize("unpaired", [False, True])
-def test_only_the_noise_differs_in_the_ablation(monkeypatch, unpaired):
+def test_only_the_noise_differs_in_the_ablation(monkeypatch):
     """Noise amplitude and network are one per GRN in both priors; seeds are one (paired) or one per condition."""
-    simulated, technical = [], []
-    sergio, simulate, add_noise = prior.sergio_rs, prior.sergio_rs.Sim, prior.sergio_rs.add_technical_noise_custom
-    monkeypatch.setattr(sergio, "Sim", lambda *a: simulated.append(a[-2:]) or simulate(*a))
-    monkeypatch.setattr(sergio, "add_technical_noise_custom", lambda *a: technical.append(a[-1]) or add_noise(*a))
-    network, _ = prior.simulate_grn(3, 6, 10, unpaired, 5)
-    amplitudes, seeds = (set(column) for column in zip(*simulated))
-    assert amplitudes == {network.process_noise} and len(simulated) == 7
-    assert len(seeds) == len(set(technical)) == (7 if unpaired else 1) and not seeds & set(technical)
-    np.testing.assert_array_equal(network.strength, prior.draw_grn(3, 6, 5)[0].strength)
+    simulate, add_noise = prior.sergio_rs.Sim, prior.sergio_rs.add_technical_noise_custom
+    strengths = []
+    for unpaired in (False, True):
+        amplitudes, seeds, technical = [], [], []
+
+        def noted_simulation(*arguments):
+            amplitudes.append(arguments[-2])
+            seeds.append(arguments[-1])
+            return simulate(*arguments)
+
+        def noted_noise(*arguments):
+            technical.append(arguments[-1])
+            return add_noise(*arguments)
+
+        monkeypatch.setattr(prior.sergio_rs, "Sim", noted_simulation)
+        monkeypatch.setattr(prior.sergio_rs, "add_technical_noise_custom", noted_noise)
+        network, _ = prior.simulate_grn(3, 6, 10, unpaired, 5)
+        assert amplitudes == 7 * [network.process_noise] and len(seeds) == len(technical) == 7
+        assert len(set(seeds)) == len(set(technical)) == 1 + 6 * unpaired and not set(seeds) & set(technical)
+        strengths.append(network.strength)
+    np.testing.assert_array_equal(*strengths)
 
 
 def test_parameters_stay_in_the_ranges_of_table_6():
     """Strengths, Hill coefficients, decays and noise of 100 networks fill the paper's ranges and do not leave them."""
-    networks = [prior.sample_network(np.random.default_rng(s), 8) for s in range(100)]
+    networks = [prior.sample_network(rng(seed), 8) for seed in range(100)]
     strength = np.concatenate([n.strength[n.strength != 0] for n in networks])
     ranges = {(1, 5): strength, (0.5, 1): np.concatenate([n.decay for n in networks]),
               (45, 82): [n.dropout for n in networks],
@@ -259,136 +286,137 @@ def test_refusal_of_the_simulator_is_caught_and_interrupts_are_not(monkeypatch):
 
     def interrupt(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(prior.sergio_rs, "Sim", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prior.simulate_condition(network_of(CHAIN, 5), CONTROL, 5, 1, 2, 3)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-# ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = prior.Settings(genes=5, contexts=6, population=20, num_shards=3)
+# ------------------------------------------------------------------------------------------ the screen of many GRNs
 
 
-def make(settings, folder):
-    """Make what is missing in `folder`, in this process; returns the shards that were made."""
-    todo = prior.unfinished(settings, folder)
-    for shard in todo:
-        prior.write_shard(settings, folder, shard, map, tqdm(disable=True))
-    return todo
+def small(folder, **changes):
+    """Settings of 6 GRNs of 5 genes."""
+    settings = prior.Settings("grn", scale="smoke", genes=5, systems=4, validation=1, test=1, population=20,
+                              test_population=30, num_shards=2, out=folder)
+    return dataclasses.replace(settings, **changes)
 
 
-def test_sharding_changes_nothing(tmp_path):
-    """One shard, or three made out of order, load to the same cells; and no GRN is made twice."""
-    make(dataclasses.replace(SMALL, num_shards=1), tmp_path / "one")
-    for shard in (2, 0, 1):
-        make(dataclasses.replace(SMALL, shard=shard), tmp_path / "three")
-    one, three = prior.load_grn_screen(tmp_path / "one"), prior.load_grn_screen(tmp_path / "three")
-    np.testing.assert_array_equal(one.cells, three.cells)
-    np.testing.assert_array_equal(one.start, three.start)
-    strengths = np.concatenate([np.load(prior.shard_path(tmp_path / "three", s, 3))["strength"] for s in range(3)])
-    assert len(np.unique(strengths, axis=0)) == 6
+def make(s):
+    """Simulate all GRNs that are missing, in this process."""
+    for number in range(6):
+        if not prior.grn_path(s, number).exists():
+            prior.write_grn(s, number)
 
 
-def test_finished_shards_are_kept(tmp_path):
-    """A second run makes only what is missing; files that a killed run left half-written count as missing."""
-    assert make(SMALL, tmp_path) == [0, 1, 2]
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(tmp_path.iterdir())}
-    assert make(SMALL, tmp_path) == []
-    lost = prior.shard_path(tmp_path, 1, 3)
-    lost.rename(tmp_path / f".123.{lost.name}")
-    assert make(SMALL, tmp_path) == [1]
-    for path, (_, content) in before.items():
-        assert path.read_bytes() == content
-    assert all(p.stat().st_mtime_ns == before[p][0] for p in before if p != lost)
-
-
-def test_unusable_folders_are_refused(tmp_path):
-    """Shards of other settings, missing, unreadable or no shards are told apart, before anything is simulated."""
-    with pytest.raises(BadInput, match="no shard"):
-        prior.load_grn_screen(tmp_path)
-    make(SMALL, tmp_path)
-    with pytest.raises(BadInput, match=r"seed 0 \(now 1\)"):
-        prior.unfinished(dataclasses.replace(SMALL, seed=1), tmp_path)
-    shard = prior.shard_path(tmp_path, 1, 3)
-    shard.rename(tmp_path / "kept")
-    with pytest.raises(BadInput, match="1 of 3 shards are missing, the first is grn-1-of-3.npz"):
-        prior.load_grn_screen(tmp_path)
-    shard.write_bytes((tmp_path / "kept").read_bytes()[:100])
-    with pytest.raises(BadInput, match="not a readable shard"):
-        prior.load_grn_screen(tmp_path)
-    shard.unlink()
-    make(dataclasses.replace(SMALL, num_shards=2), tmp_path / "other")
-    (tmp_path / "other" / "grn-0-of-2.npz").rename(tmp_path / "grn-0-of-2.npz")
-    with pytest.raises(BadInput, match="different settings"):
-        prior.load_grn_screen(tmp_path)
-
-
-def test_settings_out_of_range_are_refused():
-    """Numbers that make no sense end in a message that names the option."""
-    for change in ({"genes": 2}, {"shard": 3}, {"num_shards": 7}, {"workers": 0}):
-        with pytest.raises(BadInput, match=f"--{next(iter(change)).replace('_', '-')}"):
-            prior.check(dataclasses.replace(SMALL, **change))
-
-
-def test_refused_conditions_are_counted(tmp_path, monkeypatch):
-    """A refused knock-out has count 0 and is ABSENT; a refused control takes its whole GRN with it."""
-    class PanicException(BaseException):
-        pass
-
-    class Refusing:
-        calls, simulate = 0, prior.sergio_rs.Sim
-        def __new__(cls, *arguments):
-            Refusing.calls += 1
-            if Refusing.calls in (4, 7):                             # knock-out 3 of GRN 0; control of GRN 1
-                raise PanicException("told to")
-            return Refusing.simulate(*arguments)
-    monkeypatch.setattr(prior.sergio_rs, "Sim", Refusing)
-    make(dataclasses.replace(SMALL, num_shards=1), tmp_path)
-    with np.load(prior.shard_path(tmp_path, 0, 1)) as shard:
-        assert shard["refused"] == 1 + 6 and (shard["count"] == 0).sum() == 7 and not shard["count"][1].any()
-        assert len(shard["counts"]) == shard["count"].sum() == 20 * (6 * 6 - 7)
-    screen = prior.load_grn_screen(tmp_path)
-    assert screen.count.shape == (5, 6) and screen.split[0, 3] == ABSENT and (screen.split == ABSENT).sum() == 1
-    np.testing.assert_array_equal(screen.cells[screen.start[0, 4] : screen.start[0, 4] + 20, 3], 0)   # knock-out 4
+def screen_of(s):
+    """The screen of GRNs that are there."""
+    prior.make_grn(s, prior.screen_folder(s))
+    assert not prior.grn_path(s, 0).parent.exists()
+    return tasks.load_screen(prior.screen_folder(s))
 
 
 def test_grn_screen_is_normalised_log_expression(tmp_path):
     """Undoing log1p, every cell that has counts sums to the median total; knocked-out genes are zero in their rows."""
-    make(SMALL, tmp_path)
-    screen = prior.load_grn_screen(tmp_path, held_out=1)
-    totals = np.concatenate([np.load(prior.shard_path(tmp_path, s, 3))["counts"].sum(1) for s in range(3)])
-    np.testing.assert_allclose(np.expm1(screen.cells).sum(1)[totals > 0], np.median(totals), rtol=1e-4)
-    assert screen.log_expression and screen.cells.dtype == np.float32
-    for c, t in np.ndindex(6, 5):
-        rows = slice(screen.start[c, t + 1], screen.start[c, t + 1] + screen.count[c, t + 1])
-        assert not screen.cells[rows, t].any() and screen.treatments[c, t + 1, t] == 1
-    assert (screen.split[:-1] == TRAIN).all() and (screen.split[-1] == TEST).sum() == 2
+    s = small(tmp_path)
+    make(s)
+    totals = np.concatenate([prior.read_grn(s, number, "cells").sum(axis=1) for number in range(6)])
+    screen = screen_of(s)
+    np.testing.assert_allclose(np.expm1(screen.cells).sum(axis=1)[totals > 0], np.median(totals), rtol=1e-4)
+    assert screen.log_expression and screen.made["section"] == "grn" and "paper" not in screen.made
+    assert set(screen.count[:4].ravel()) <= {0, 20} and set(screen.count[4:].ravel()) <= {0, 30}
+    for system, t in np.ndindex(6, 5):
+        assert not screen.pool(system, t + 1)[:, t].any()
+        np.testing.assert_array_equal(screen.treatments[system, t + 1], np.eye(5)[t])
+    assert not np.isin(screen.split[:4], (VALIDATION, TEST, CONTEXT)).any()
+    assert not (screen.split[4:] == TRAIN).any()
+    assert (screen.split[4] == VALIDATION).sum() == (screen.split[5] == TEST).sum() == 2
+
+
+def test_refused_conditions_are_left_out(tmp_path, monkeypatch):
+    """A refused knock-out has count 0 and is ABSENT; a refused control takes its whole GRN with it, and no other."""
+    class PanicException(BaseException):
+        pass
+
+    calls, simulate = [], prior.sergio_rs.Sim
+
+    def refusing(*arguments):
+        calls.append(arguments)
+        if len(calls) in (4, 7):  # knock-out 3 of GRN 0; control of GRN 1
+            raise PanicException("told to")
+        return simulate(*arguments)
+
+    monkeypatch.setattr(prior.sergio_rs, "Sim", refusing)
+    make(small(tmp_path))
+    screen = screen_of(small(tmp_path))
+    assert screen.count.shape == (5, 6) and screen.split[0, 3] == ABSENT and (screen.split == ABSENT).sum() == 1
+    assert len(screen.cells) == 20 * (3 * 6 - 1) + 30 * 2 * 6
+    assert (screen.split[3] == VALIDATION).sum() == (screen.split[4] == TEST).sum() == 2
+    assert not screen.pool(0, 4)[:, 3].any()  # the rows after the gap are those of knock-out 4
+
+
+def test_files_of_other_runs_are_told_apart(tmp_path):
+    """A finished GRN is kept; one of other settings, or an unreadable one, is refused before anything is simulated."""
+    s = small(tmp_path)
+    make(s)
+    path = prior.grn_path(s, 1)
+    whole = path.read_bytes()
+    with pytest.raises(BadInput, match="seed 0, now 1"):
+        prior.make_grn(dataclasses.replace(s, seed=1), prior.screen_folder(s))
+    for broken in (whole[:100], b"", b"no archive"):
+        path.write_bytes(broken)
+        with pytest.raises(BadInput, match="grn-1.npz: not a readable GRN"):
+            prior.make_grn(s, prior.screen_folder(s))
+    path.unlink()
+    path.with_name(f".123.{path.name}").write_bytes(whole[:100])  # what a killed run leaves half-written is missing
+    make(s)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", [{"genes": 2}, {"systems": 0}, {"population": 0}, {"test_population": 0},
+                                    {"validation": -1}, {"workers": 0}, {"seed": -1}, {"shard": 2}, {"num_shards": 0},
+                                    {"what": "linear", "unpaired": True}])
+def test_settings_out_of_range_are_refused(change, tmp_path):
+    """Numbers that make no sense end in a message that names the option."""
+    with pytest.raises(BadInput, match=f"--{list(change)[-1].replace('_', '-')}"):
+        prior.check(small(tmp_path, **change))
+
+
+def test_folder_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch):
+    """Nothing is simulated if the output has no place."""
+    (tmp_path / "smoke").write_text("in the way")
+    monkeypatch.setattr(prior, "simulate_condition", None)
+    with pytest.raises(OSError):
+        run(monkeypatch, tmp_path, "grn")
 
 
 def test_killed_run_leaves_nothing_behind(tmp_path):
-    """SIGKILL of the main process ends its workers; running again gives the files of a run that was not killed."""
-    command = [sys.executable, prior.__file__, "--scale", "smoke", "--population", "150", "--num-shards", "8"]
-    killed = subprocess.Popen([*command, "--workers", "1", "--out", str(tmp_path / "killed")], start_new_session=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("killed/grn-*")) and killed.poll() is None:
-        time.sleep(0.01)
+    """SIGKILL of the main process ends its workers. The rest made in two shards, the screen is that of a whole run."""
+    s = small(tmp_path / "killed", genes=8, systems=16, validation=2, test=2, population=64, test_population=64)
+    command = [sys.executable, prior.__file__, "grn", "--scale", "smoke", "--workers", "1", "--out"]
+    killed = subprocess.Popen([*command, str(s.out)], start_new_session=True, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    files = prior.grn_path(s, 0).parent
+    while len(list(files.glob("grn-*"))) < 2 and killed.poll() is None:
+        time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    made = len(list(tmp_path.glob("killed/grn-*")))
-    assert 1 <= made < 8
+    assert 2 <= len(list(files.glob("grn-*"))) < 20
     deadline = time.time() + 10
-    while True:                                                      # signal 0 to the group: is anyone left?
+    while True:  # signal 0 to the group: is anyone left?
         try:
             os.killpg(killed.pid, 0)
         except ProcessLookupError:
             break
         assert time.time() < deadline, "workers outlived the main process"
         time.sleep(0.05)
-    subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, capture_output=True)
-    settings = prior.Settings(genes=8, contexts=16, population=150, num_shards=8)
-    make(dataclasses.replace(settings, shard=0), tmp_path / "whole")
-    make(dataclasses.replace(settings, shard=made), tmp_path / "whole")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
-    assert len(list(tmp_path.glob("killed/grn-*"))) == 8
+    for shard in ("1", "0"):
+        share = ["--num-shards", "2", "--shard", shard]
+        subprocess.run([*command, str(s.out), *share], check=True, capture_output=True)
+        assert not prior.screen_folder(s).exists()
+    assert len(list(files.glob("grn-*"))) == 20
+    for out in (s.out, tmp_path / "whole"):
+        subprocess.run([*command[:-3], "--out", str(out)], check=True, capture_output=True)
+    whole = prior.screen_folder(dataclasses.replace(s, out=tmp_path / "whole"))
+    for path in whole.iterdir():
+        assert path.read_bytes() == (prior.screen_folder(s) / path.name).read_bytes()
