@@ -23,7 +23,6 @@ Departures from the paper, marked where they happen: D22, D23, D25, D26.
 
 import dataclasses
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from tasks import ABSENT, TEST, TRAIN, VALIDATION
 
 PAPER = {"melanoma": "Melanoma (Frangieh et al., 2021)", "leukemia": "Leukemia (Papalexi et al., 2021)"}
 TITLES = PAPER | {"toy": "Toy screen: simulated GRNs, not cells"}
+WORDS = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,8 @@ SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "gene_names", "fea
 def listed(names, most: int = 12) -> str:
     """'a, b, c', or 'a, b, c and 245 more'."""
     names = list(map(str, names))
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(names[:most]) + more
 
 
 def download(name: str, folder: Path) -> Path:
@@ -97,24 +95,22 @@ def download(name: str, folder: Path) -> Path:
         scanpy.settings.datasetdir = folder  # where pertpy keeps its files
         getattr(pertpy.data, path.stem)()
     except (ImportError, OSError) as error:  # the ConnectionError of requests is an OSError
-        raise BadInput(f"pertpy could not download the {name} data ({type(error).__name__}: {str(error)[:100]}); "
-                       f"fetch {ADDRESS}{path.name} by hand and save it as {path}, or name a copy of it with "
-                       "--h5ad") from None
+        raise BadInput(f"pertpy could not download the {name} data ({type(error).__name__}: {str(error)[:100]}); fetch "
+                       f"{ADDRESS}{path.name} by hand, and save it as {path} or name it with --h5ad") from None
     return path
 
 
 def by_rows(values):
     """A matrix in float32, CSR if it is sparse."""
     import scipy.sparse
-    sparse = scipy.sparse.issparse(values)
-    return scipy.sparse.csr_matrix(values, dtype=np.float32) if sparse else np.asarray(values, np.float32)
+    if scipy.sparse.issparse(values):
+        return scipy.sparse.csr_matrix(values, dtype=np.float32)
+    return np.asarray(values, np.float32)
 
 
 def read(path: Path):
-    """The AnnData in a file. Raises BadInput if the file is missing or cannot be read."""
+    """The AnnData in a file. Raises BadInput if it cannot be read."""
     import anndata
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
     try:
         if path.suffix == ".h5mu":
             import mudata
@@ -125,16 +121,13 @@ def read(path: Path):
             cells = anndata.read_h5ad(path)
         cells.X = by_rows(cells.X)
     except Exception as error:  # h5py and anndata fail on damaged files with every kind of exception
-        raise BadInput(f"{path}: not a complete .h5ad file ({type(error).__name__}: {str(error)[:200]}); if it was "
-                       "downloaded, fetch it again") from None
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadInput(f"{path}: not a complete .h5ad file ({why}); if downloaded, fetch it again") from None
     return cells
 
 
 def simulate_toy(settings: Settings):
-    """Two gene regulatory networks of `prior.py` as two systems, to try the code on: simulated, not cells.
-
-    There are a few genes more than are kept, and a few treatments fewer, so that markers have to be chosen.
-    """
+    """Two GRNs of `prior.py` as two systems, with some more genes, and fewer treatments, than are kept."""
     import anndata
     import pandas as pd
     from prior import simulate_grn
@@ -145,76 +138,56 @@ def simulate_toy(settings: Settings):
     for index, system in enumerate(("network A", "network B")):
         _, simulated = simulate_grn(0, genes, population, False, index)  # one toy for all seeds
         for t in range(1 + settings.genes * 7 // 8):
-            if simulated[t] is not None:  # refused by the simulator
-                counts.append(simulated[t])
-                obs += [(system, names[t])] * population
+            counts.append(simulated[t])
+            obs += [(system, names[t])] * len(simulated[t])
     obs = pd.DataFrame(obs, map(str, range(len(obs))), ["cell_line", "perturbation"])
     return anndata.AnnData(by_rows(np.concatenate(counts)), obs, pd.DataFrame(index=names[1:]))
 
 
 def find_treatment(obs, settings: Settings) -> tuple[str, str]:
     """Column of obs with the knocked-out genes, and its control label. Raises BadInput unless just one pair will do."""
-    column, control = settings.treatment_col, settings.control
-    if column is not None and column not in obs:
-        raise BadInput(f"--treatment-col {column}: no such column in obs; it has {listed(obs.columns)}")
-    columns = [c for c in TREATMENT_COLUMNS if c in obs] if column is None else [column]
+    names = TREATMENT_COLUMNS
+    if settings.treatment_col is not None:
+        names = [settings.treatment_col]
+    columns = [c for c in names if c in obs]
     if not columns:
-        raise BadInput(f"no column of obs has a usual name for the knocked-out gene ({', '.join(TREATMENT_COLUMNS)}); "
-                       f"choose one with --treatment-col: {listed(obs.columns)}")
-    found, searched = [], []
+        raise BadInput(f"--treatment-col: no column {' or '.join(names)} in obs; it has {listed(obs.columns)}")
+    labels, found = [], []
     for c in columns:
-        labels = sorted(set(obs[c].dropna().astype(str)))
-        searched.append(f"column '{c}' (labels {listed(labels)})")
-        for label in labels:
-            if label == control or control is None and label.lower() in CONTROL_LABELS:
+        for label in sorted(set(obs[c].dropna().astype(str))):
+            labels.append(label)
+            if label == settings.control or settings.control is None and label.lower() in CONTROL_LABELS:
                 found.append((c, label))
-    if not found:
-        wanted = f"none of {', '.join(CONTROL_LABELS)}"
-        if control is not None:
-            wanted = f"no '{control}'"
-        raise BadInput(f"no control cells: there is {wanted} in {', nor in '.join(searched)}; "
-                       "name the control label with --control")
-    if len(found) > 1:
-        places = [f"'{label}' in column '{c}'" for c, label in found]
-        raise BadInput(f"not clear which cells are controls: {', '.join(places)}; "
-                       "choose with --treatment-col and --control")
+    if len(found) != 1:
+        raise BadInput(f"{len(found)} control labels ({listed(found)}) among the labels of {' and '.join(columns)}: "
+                       f"{listed(labels)}; choose one with --treatment-col and --control")
     return found[0]
 
 
-def find_system(obs, settings: Settings) -> str | None:
-    """Column of obs with the systems; None: there is one system. Raises BadInput if several could be meant."""
-    column = settings.system_col
-    if column == "none":
-        return None
-    if column is not None and column not in obs:
-        raise BadInput(f"--system-col {column}: no such column in obs; it has {listed(obs.columns)}; or say none")
-    found = [c for c in SYSTEM_COLUMNS if c in obs and obs[c].nunique() > 1] if column is None else [column]
-    if len(found) > 1:
-        raise BadInput(f"not clear which column is the biological context: {', '.join(found)}; choose with "
-                       "--system-col (none for a single one)")
-    return found[0] if found else None
-
-
-def single_target(label: str, control: str) -> str:
-    """'STAT1' for 'STAT1', and for 'STAT1+ctrl' and 'ctrl+STAT1' as GEARS has it; a double knock-out stays as it is."""
-    genes = [gene for gene in label.split("+") if gene != control]
-    return genes[0] if len(genes) == 1 else label
+def find_system(obs, settings: Settings) -> str:
+    """Column of obs with the systems, or 'none' if there is one system. Raises BadInput if several could be meant."""
+    if settings.system_col is None:
+        found = [c for c in SYSTEM_COLUMNS if c in obs and obs[c].nunique() > 1]
+        if len(found) > 1:
+            raise BadInput(f"unclear which column is the system, choose with --system-col (or none): {listed(found)}")
+        return found[0] if found else "none"
+    if settings.system_col not in ("none", *obs):
+        raise BadInput(f"--system-col {settings.system_col}: no such column in obs; it has {listed(obs.columns)}")
+    return settings.system_col
 
 
 def label_cells(cells, settings: Settings) -> str:
     """Replace obs by 'system' and 'treatment' ('' where unknown), and name genes by symbol; returns the control label.
-
-    Raises BadInput for columns, labels, gene names and values that cannot be used.
-    """
+    Raises BadInput for columns, labels, gene names and values that cannot be used."""
     import pandas as pd
     column, control = find_treatment(cells.obs, settings)
     system = find_system(cells.obs, settings)
     labels = cells.obs.astype(object).where(cells.obs.notna(), "").astype(str)
-    targets = {label: single_target(label, control) for label in labels[column].unique()}
-    cells.obs = pd.DataFrame({"system": labels[system] if system else "all",
-                              "treatment": labels[column].map(targets)})
-
-    known = set(targets.values())
+    treatments = labels[column].str.removesuffix(f"+{control}").str.removeprefix(f"{control}+")  # as GEARS has it
+    cells.obs = pd.DataFrame({"system": "all", "treatment": treatments})
+    if system != "none":
+        cells.obs["system"] = labels[system]
+    known = set(treatments)
     if known.isdisjoint(cells.var_names):  # Ensembl identifiers, perhaps
         for c in SYMBOL_COLUMNS:
             if c in cells.var and not known.isdisjoint(cells.var[c].astype(str)):
@@ -222,20 +195,16 @@ def label_cells(cells, settings: Settings) -> str:
                 break
     twice = sorted(set(cells.var_names[cells.var_names.duplicated()]))
     if twice:
-        raise BadInput(f"{len(twice)} gene names occur more than once ({listed(twice)}), but a treatment has to mean "
-                       "one gene: sum or rename them first")
+        raise BadInput(f"gene names that occur more than once: {listed(twice)}; sum or rename these genes first")
     kind = check_values(cells, settings.log_transformed)
-    where = f"system column '{system}'" if system else "one system"
-    print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {kind}; treatment column '{column}', control '{control}', "
-          + where)
+    print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {kind}")
+    print(f"  treatment column '{column}', control '{control}', system column '{system}'")
     return control
 
 
 def check_values(cells, log_transformed: bool) -> str:
     """What kind of values X holds, in words. Moves layer 'counts' to X if only that one holds counts.
-
-    Raises BadInput for values that are negative or not finite, and for counts or logarithms where the other is wanted.
-    """
+    Raises BadInput for values that are negative or not finite, or counts or logarithms where the other is wanted."""
     integers = True
     for first in range(0, cells.n_obs, 1024):  # some rows at a time: large screens do not fit into memory several times
         block = cells.X[first : first + 1024]
@@ -243,69 +212,57 @@ def check_values(cells, log_transformed: bool) -> str:
         if not np.all((values >= 0) & (values < np.inf)):  # NaN fails both
             block = cells[first : first + 1024].to_df()
             row, gene = np.argwhere(~((block >= 0) & (block < np.inf)).to_numpy())[0]
-            raise BadInput(f"the expression of gene {block.columns[gene]} in cell {block.index[row]} is "
-                           f"{block.iat[row, gene]}: counts are finite and not negative; give raw, unscaled counts")
+            raise BadInput(f"gene {block.columns[gene]} in cell {block.index[row]} is {block.iat[row, gene]}, but raw "
+                           "counts are finite and not negative")
         integers = integers and not np.any(values % 1)
     if log_transformed and integers:
         raise BadInput("--log-transformed, but all values are integers, like raw counts: leave the option out")
-    if log_transformed or integers:
-        return "raw counts" if integers else "log-transformed already"
+    if log_transformed:
+        return "log-transformed already"
+    if integers:
+        return "raw counts"
     if "counts" in cells.layers:
         cells.X = by_rows(cells.layers.pop("counts"))
         return check_values(cells, log_transformed) + " (from layer 'counts')"
-    raise BadInput("the values are not integers, so they look normalised or log-transformed already: give raw counts "
-                   "(in X or layer 'counts'), or say --log-transformed if they are natural log1p of normalised counts")
+    raise BadInput("the values are not integers: give raw counts (in X or layer 'counts'), or say --log-transformed if "
+                   "they are natural log1p of normalised counts")
 
 
 def usable_cells(cells, control: str, settings: Settings):
     """The cells of conditions that can be used. Prints what is dropped, and what is left.
-
-    Raises BadInput if a whole condition has no counts, or if no treatment is left, saying why.
-    """
-    import pandas as pd
-    obs = cells.obs
-    condition = pd.MultiIndex.from_frame(obs)
-    controls = (obs["treatment"] == control).to_numpy()
-    empty = np.asarray(cells.X.sum(axis=1)).ravel() == 0
-    keep = np.ones(len(obs), bool)
+    Raises BadInput if a whole condition has no counts, or if no treatment is left, saying why."""
+    obs = cells.obs.reset_index(drop=True)
+    obs["condition"] = obs["system"] + "/" + obs["treatment"]
+    obs["total"] = np.asarray(cells.X.sum(axis=1)).ravel()
     reasons = []
 
-    def drop(bad, why: str) -> None:
-        gone = keep & np.asarray(bad)
-        keep[gone] = False
-        if gone.any():
-            reasons.append(f"{gone.sum():,} cells {why}")
+    def drop(bad, which: str, why: str):
+        if bad.any():
+            names = sorted(set(obs[which][bad]))
+            reasons.append(f"{bad.sum():,} cells of {len(names)} {which}s {why}: {listed(names)}")
             print(f"  dropped {reasons[-1]}")
+        return obs[~bad]
 
-    drop((obs == "").any(axis=1), "without a treatment or system label")
-    unmeasured = sorted(set(obs["treatment"][keep & ~controls]) - set(cells.var_names))
-    drop(obs["treatment"].isin(unmeasured),
-         f"of {len(unmeasured)} treatments that are no measured gene: {listed(unmeasured)}")
-    hollow = sorted(set(condition[keep]) - set(condition[keep & ~empty]))
-    if hollow:
-        names = listed("/".join(pair) for pair in hollow)
-        raise BadInput(f"no cell of {len(hollow)} of the {len(set(condition[keep]))} conditions has any counts "
-                       f"({names}): equation 5 would divide by zero; remove these cells")
-    drop(empty, "without any counts")
+    obs = drop((obs["system"] == "") | (obs["treatment"] == ""), "condition", "without a system or treatment label")
+    obs = drop(~obs["treatment"].isin([control, *cells.var_names]), "treatment", "that are no measured gene")
+    largest = obs.groupby("condition")["total"].max()
+    hollow = largest.index[largest == 0]
+    if len(hollow):
+        raise BadInput(f"no cell of {len(hollow)} conditions has any counts, remove them (eq. 5): {listed(hollow)}")
+    obs = drop(obs["total"] == 0, "condition", "because they have no counts")
     # [D23] paper: draws 200 cells of each condition, says nothing of smaller ones; released code:
     # drops treatments with fewer than 200 cells; here: drops conditions, because they are what is drawn from.
-    size = obs[keep].value_counts().sort_index()
-    small = size[size < settings.min_cells]
-    names = listed(f"{system}/{treatment} {n}" for (system, treatment), n in small.items())
-    drop(condition.isin(small.index),
-         f"of {len(small)} conditions with fewer than {settings.min_cells} cells (--min-cells): {names}")
-    uncontrolled = sorted(set(obs["system"][keep]) - set(obs["system"][keep & controls]))
-    drop(obs["system"].isin(uncontrolled), f"of systems without enough control cells: {listed(uncontrolled)}")
-    if not np.any(keep & ~controls):
+    size = obs.groupby("condition")["total"].transform("size")
+    obs = drop(size < settings.min_cells, "condition", f"with fewer than {settings.min_cells} cells (--min-cells)")
+    controlled = set(obs["system"][obs["treatment"] == control])
+    obs = drop(~obs["system"].isin(controlled), "system", "without enough control cells")
+    if set(obs["treatment"]) <= {control}:
         why = "; ".join(reasons) or "all cells are controls"
         raise BadInput(f"no usable treatment is left: {why}; the genes are called {listed(cells.var_names, 3)}")
-
-    for system, here in obs[keep].groupby("system"):
-        size = here["treatment"].value_counts().sort_index()
-        treated = size.drop(control)
-        names = listed((f"{treatment} {n}" for treatment, n in treated.items()), 30)
-        print(f"  system '{system}': {size[control]:,} control cells, {len(treated)} treatments: {names}")
-    return cells[keep].copy()
+    for system, treatments in obs.groupby("system")["treatment"]:
+        size = treatments.value_counts().sort_index()
+        print(f"  system '{system}': {listed(map('{} {}'.format, size.index, size), 30)}")
+    return cells[obs.index.to_numpy()].copy()
 
 
 # ---------------------------------------------------------------------------------------------------- data split (B.4)
@@ -313,16 +270,14 @@ def usable_cells(cells, control: str, settings: Settings):
 
 def conditions_of(cells, control: str) -> list[tuple[str, str]]:
     """All (system, treatment) in order, without the controls."""
-    pairs = set(zip(cells.obs["system"], cells.obs["treatment"]))
-    return sorted(pair for pair in pairs if pair[1] != control)
+    treated = cells.obs[cells.obs["treatment"] != control]
+    return sorted(set(zip(treated["system"], treated["treatment"])))
 
 
 def choose_holdout(conditions: list[tuple[str, str]], asked: str | None) -> str:
-    """The system whose treatments are held out: the one that was asked for, or the one with the most treatments.
-
-    Paper: melanoma's IFN-gamma condition; released code: the system with the most treatments, which is that one;
-    here likewise (of equals the first in the alphabet).
-    """
+    """The system whose treatments are held out: the one that was asked for, or the one with the most treatments."""
+    # Paper: melanoma's IFN-gamma condition; released code: the system with the most treatments, which is that one;
+    # here likewise (of equals the first in the alphabet).
     systems = [system for system, _ in conditions]
     names = sorted(set(systems))
     if asked is None:
@@ -335,13 +290,10 @@ def choose_holdout(conditions: list[tuple[str, str]], asked: str | None) -> str:
 def split_conditions(rng: np.random.Generator, conditions: list[tuple[str, str]],
                      holdout: str) -> dict[tuple[str, str], int]:
     """TRAIN, VALIDATION or TEST for each (system, treatment); control is no condition here (B.4, Figure 4).
-
-    Half of the held-out system's treatments (rounded down) are for testing, a tenth of all others for validation.
-    """
+    Half of the held-out system's treatments (rounded down) are for testing, a tenth of all others for validation."""
     held_out = [pair for pair in conditions if pair[0] == holdout]
     if len(held_out) < 2:
-        raise BadInput(f"system '{holdout}' has {len(held_out)} usable treatment, so it cannot have one for training "
-                       "and one for testing; choose another --holdout-system or lower --min-cells")
+        raise BadInput(f"--holdout-system {holdout}: has {len(held_out)} usable treatment, needs 2; lower --min-cells")
     uses = dict.fromkeys(conditions, TRAIN)
     for i in rng.permutation(len(held_out))[: len(held_out) // 2]:
         uses[held_out[i]] = TEST
@@ -355,10 +307,10 @@ def check_split(uses: dict[tuple[str, str], int]) -> None:
     """Raise BadInput unless there are test conditions, and each condition has another one to be predicted from."""
     if TEST not in uses.values():
         raise BadInput("no test condition is left; raise --genes, or take another --seed")
-    for system in sorted({system for system, _ in uses}):
-        known = [t for (where, t), use in uses.items() if where == system and use == TRAIN]
-        if len(known) < 2:
-            raise BadInput(f"system '{system}' has {len(known)} training conditions, and needs 2 to predict one from "
+    known = [system for (system, _), use in uses.items() if use == TRAIN]
+    for system, _ in uses:
+        if known.count(system) < 2:
+            raise BadInput(f"system '{system}': {known.count(system)} training conditions, needs 2 to predict one from "
                            "another; lower --min-cells, raise --genes, or take another --seed")
 
 
@@ -380,11 +332,8 @@ def normalise(cells, seen: Bool[np.ndarray, "n"]) -> float:
 
 
 def rank_genes(training, control: str):
-    """Strength of each gene's differential expression: its largest absolute t-test score (scanpy's default) over all
-    training perturbations, each against the controls of its system. A pandas Series, strongest first.
-
-    Scores of knock-outs on the knocked-out gene itself are left out, see D26.
-    """
+    """Largest absolute t-test score (scanpy's default) of each gene over all training perturbations, each against the
+    controls of its system, but for a gene's own knock-out [D26]. A pandas Series, strongest first."""
     import pandas as pd
     import scanpy
     assert set(training.obs["use"]) == {TRAIN}, "only training conditions may choose the genes"
@@ -399,9 +348,8 @@ def rank_genes(training, control: str):
             scanpy.tl.rank_genes_groups(here, "treatment", groups=treatments, reference=control)
         ranked = here.uns["rank_genes_groups"]
         for t in treatments:
-            scores = pd.Series(ranked["scores"][t], ranked["names"][t]).abs()
-            scores = scores.drop(t).reindex(best.index)
-            best = np.maximum(best, scores.fillna(0.0))
+            scores = pd.Series(ranked["scores"][t], ranked["names"][t]).abs().drop(t)
+            best = np.maximum(best, scores.reindex(best.index).fillna(0.0))
     return best.sort_values(ascending=False, kind="stable")
 
 
@@ -419,11 +367,8 @@ def choose_genes(strength, perturbed: set[str], genes: int) -> tuple[list[str], 
 def process(cells, control: str, holdout: str, settings: Settings, seed: int):
     """One split as an AnnData: X log-expression of D genes, the targets first (networks of the prior have no order);
     obs 'system', 'treatment', 'use'; uns 'normalisation', in words. Treatments whose target was cut are left out.
-
-    Raises BadInput if a condition has no other one left to be predicted from.
-    """
-    conditions = conditions_of(cells, control)
-    uses = split_conditions(scales.generator("split", seed), conditions, holdout)
+    Raises BadInput if a condition has no other one left to be predicted from."""
+    uses = split_conditions(scales.generator("split", seed), conditions_of(cells, control), holdout)
     result = cells.copy()
     pairs = zip(cells.obs["system"], cells.obs["treatment"])
     result.obs["use"] = [uses.get(pair, TRAIN) for pair in pairs]  # control is known
@@ -432,24 +377,21 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
         median = normalise(result, (result.obs["use"] != TEST).to_numpy())
         note = f"median count {median:g}"
     strength = rank_genes(result[(result.obs["use"] == TRAIN).to_numpy()], control)
-    perturbed = {treatment for _, treatment in conditions}
+    perturbed = {treatment for _, treatment in uses}
     targets, markers = choose_genes(strength, perturbed, settings.genes)
     kept = result.obs["treatment"].isin([control, *targets]).to_numpy()
     result = result[kept, targets + markers].copy()
     result.uns = {"normalisation": note}
 
     left = {pair: use for pair, use in uses.items() if pair[1] in targets}
-    tested = [treatment for (_, treatment), use in left.items() if use == TEST]
-    number = np.bincount(list(left.values()), minlength=3)
-    few = ""
-    if not number[VALIDATION]:
-        few = " (a tenth of so few rounds to none)"
-    print(f"split {seed}: {number[TRAIN]} train, {number[VALIDATION]} validation{few}, {number[TEST]} test conditions, "
-          f"{note}\n  test in system '{holdout}': {listed(tested)}")
-    print(f"  {len(targets)} targets and {len(markers)} markers: {listed(targets + markers, 20)}")
+    print(f"split {seed}: {note}; held-out system '{holdout}'")
+    for use, word in WORDS.items():
+        names = ["/".join(pair) for pair in left if left[pair] == use]
+        print(f"  {len(names)} {word}: {listed(names)}")
+    print(f"  {len(targets)} targets, {len(markers)} markers: {listed(targets + markers, 20)}")
     cut = sorted(perturbed.difference(targets))
     if cut:
-        print(f"  treatments left out because of --genes {settings.genes}: {listed(cut)}")
+        print(f"  {len(cut)} treatments left out because of --genes: {listed(cut)}")
     check_split(left)
     return result
 
@@ -458,8 +400,7 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
 
 
 def write(cells, path: Path, made: dict) -> None:
-    """A processed split as a screen, after a table with one line for each condition. Systems and treatments are in
-    alphabetical order, control first."""
+    """A processed split as a screen, and a table with a line for each condition. Names are in alphabetical order."""
     obs, control = cells.obs, made["control"]
     systems = sorted(set(obs["system"]))
     treatments = [control, *sorted(set(obs["treatment"]) - {control})]
@@ -472,8 +413,7 @@ def write(cells, path: Path, made: dict) -> None:
     one_hot = np.array(treatments)[:, None] == cells.var_names.to_numpy(str)  # T D
     one_hot = np.repeat(one_hot[None].astype(np.float32), len(systems), axis=0)  # S T D
 
-    words = obs["use"].map({TRAIN: "train", VALIDATION: "validation", TEST: "test"})
-    table = obs.assign(use=words).groupby(["system", "treatment", "use"]).size()
+    table = obs.assign(use=obs["use"].map(WORDS)).groupby(["system", "treatment", "use"]).size()
     with scales.atomic(path.with_name(f"conditions-{tasks.split_number(path)}.csv")) as temporary:
         table.rename("cells").to_csv(temporary)
     values = cells.X[np.lexsort((t, s))]
@@ -520,11 +460,10 @@ def describe(settings: Settings, name: str) -> dict:
     given = {"source": source}
     for field in ("treatment_col", "control", "system_col", "holdout_system", "log_transformed", "genes", "min_cells"):
         given[field] = getattr(settings, field)
-    made = {"title": name, "section": "real", "settings": given}
-    if settings.dataset == name:
-        made["title"] = TITLES[name]
-    elif settings.dataset is not None:
-        made["title"] = f"{name}: {TITLES[settings.dataset]}"
+    title = name
+    if settings.dataset is not None:
+        title = TITLES[settings.dataset] if settings.dataset == name else f"{name}: {TITLES[settings.dataset]}"
+    made = {"title": title, "section": "real", "settings": given}
     if settings.dataset == name and name in PAPER:  # the paper's numbers may stand beside it
         made["paper"] = name
     return made
@@ -542,20 +481,19 @@ def prepare(settings: Settings) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # if nothing can be written here, fail before the work and not after it
 
-    cells = None
-    paths = []
+    paths, missing = [], []
     for seed in range(settings.seed, settings.seed + settings.splits):
-        path = folder / f"split-{seed}"
-        paths.append(path)
-        if path.exists():
-            print(f"{path}: finished, skipped", flush=True)
-            continue
-        if cells is None:
-            cells, control, holdout = load(settings)
+        paths.append(folder / f"split-{seed}")
+        if not paths[-1].exists():
+            missing.append(seed)
+    if missing:
+        cells, control, holdout = load(settings)
+    for seed in missing:
         result = process(cells, control, holdout, settings, seed)
         about = {"control": control, "holdout": holdout, "normalisation": result.uns["normalisation"]}
-        write(result, path, made | about | {"settings": made["settings"] | {"seed": seed}})
-        print(f"{path}: written", flush=True)
+        about["settings"] = made["settings"] | {"seed": seed}
+        write(result, folder / f"split-{seed}", made | about)
+    print(f"{folder}: {len(paths)} splits finished, {len(paths) - len(missing)} of them skipped")
     return paths
 
 
@@ -563,9 +501,7 @@ def main() -> None:
     """Prepare whatever the command line names."""
     settings = scales.parse(Settings, lambda _: ("real",))
     print(f"{settings}\nrevision {scales.revision()}", flush=True)
-    began = time.perf_counter()
     prepare(settings)
-    print(f"{time.perf_counter() - began:.1f} s")
 
 
 if __name__ == "__main__":

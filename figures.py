@@ -1,23 +1,20 @@
 """Stage 7 of 8, the figures: the numbers of each as JSON, and a picture drawn from that JSON alone.
 
-Paper: Figures 1 to 6, appendices A.4 and D (`prediction`, `guidance` and `ode` have no figure there). Reads `screens/`,
-`train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; a missing input is `not_run` in the
-JSON, with the reason. What is shown is what there is: the screens that sample.py predicted, by the models of ROWS.
+Paper: section 6, Figures 1 to 6; `prediction`, `guidance` (Table 7) and `ode` (A.4) have no figure there. Reads
+`screens/`, `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; where an input is
+missing, the JSON says why it was `not_run`. Shown are the screens that the models of ROWS have predicted. Departure: D49.
 
     python figures.py --scale smoke|laptop|paper       all of them: 1 / 6 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
-A figure whose JSON has the same settings and screens is only drawn again; delete the JSON to compute it anew. `caption`
-says what is shown and over what the spread is, `evidence` holds the differences that a claim of the paper rests on.
-Departure: D49.
+What has the same settings and screens as before is only drawn again; delete its JSON to compute it anew.
 
     unit     one held-out system in one split and draw of cells
-    U units   P tasks   X values of what varies   M snapshots   K context experiments   N cells   D genes
+    U units   P tasks   X values of what varies   M metrics   K context experiments   N cells   D genes
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import matplotlib.figure
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
@@ -40,7 +36,7 @@ import scales
 import tasks
 import train
 from scales import BadInput
-from tasks import CONTROL, TEST, TRAIN, VALIDATION, Evaluation, Given, Screen
+from tasks import CONTROL, TEST, Evaluation, Given, Screen
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Settings:
     seed: int = 0  # of everything random here
     guidance: float | None = None  # weight, where it is not what varies; default: as sample.py chose (Table 7)
     steps: int = 25  # Dopri5 steps, where they are not what varies [D9]
-    screens: int = 2  # screens of each kind, log-expression or not, at most; the paper's come first
+    screens: int = 2  # of each kind, log-expression or not, at most; the paper's come first
     splits: int = 1  # of each of them, at most (B.4)
     draws: int = 10  # of cells, for each split (Figure 5b)
     systems: int = 10  # held-out systems of each draw, at most [D10]
@@ -64,30 +60,23 @@ class Settings:
     subsets: int = 10  # Figure 3: of the genes (6)
     tta_draws: int = 10  # Figure 3: of cells, of split 0
     snapshot_tasks: int = 64  # Figure 2: for each point
-    smoothing: float = 0.95  # Figure 2: alpha of the moving average
-    window: int = 5  # Figure 2: snapshots in the rolling standard deviation
     ode_steps: tuple[int, ...] = (5, 10, 20, 50)  # Dopri5 steps, compared with
     ode_reference: int = 100  # (released code)
-    ode_tasks: int = 4  # of each model
+    ode_tasks: int = 4  # of each screen
     grns: int = 200  # Figure 6: systems of the prior, at most
     out: Path = Path("out")  # everything is below out/<scale>
 
 
 PRETRAINED, FINETUNED = "mappfn-pretrained", "mappfn-finetuned"
-STYLES = {  # row of the tables -> of its curve: label, colour, marker, line
-    "mappfn-seed0": ("MapPFN", "C0", "o", "-"),
-    PRETRAINED: ("pre-trained (zero-shot)", "C1", "^", "--"),
-    FINETUNED: ("fine-tuned", "C3", "s", "-"),
-    "identity": ("other control cells", "0.5", "", "-."),
-}
-ROWS = ("mappfn-seed0", PRETRAINED, FINETUNED)  # those whose models are shown
+ROWS = {"mappfn-seed0": "MapPFN", PRETRAINED: "pre-trained (zero-shot)", FINETUNED: "fine-tuned"}  # label in a figure
+IDENTITY = "other control cells"
 UNITS = {True: "log expression", False: "sd of a variable"}  # by Screen.log_expression
 
-# ------------------------------------------------------------------------------------- what there is, and its limits
+# ------------------------------------------------------------------------------------------- what there is to be shown
 
 
 class Shown(NamedTuple):
-    """A screen, and which models have predicted it."""
+    """A screen, and the models that have predicted it."""
     name: str
     screen: Screen  # split 0
     runs: dict[str, str]  # row of the tables -> run of train.py
@@ -100,33 +89,30 @@ def of_screen(s: Settings, name: str) -> sample.Settings:
 
 def load_first(s: Settings, name: str) -> Screen:
     """Split 0 of a screen. Raises BadInput if it is missing."""
-    return tasks.load_screen(s.out / s.scale / "screens" / name / "split-0")
+    return tasks.load_screen(tasks.splits(of_screen(s, name))[0])
 
 
 def all_screens(s: Settings) -> list[Shown]:
     """Every screen that there is: the paper's data sets first, then by name."""
-    papers, others = [], []
+    found = []
     for folder in sorted((s.out / s.scale / "screens").glob("*/split-0")):
-        shown = Shown(folder.parent.name, tasks.load_screen(folder), {})
-        for file in sorted((s.out / s.scale / "samples" / shown.name).glob("[!.]*-split0-draw0.npz")):
+        name, runs = folder.parent.name, {}
+        for file in sorted((s.out / s.scale / "samples" / name).glob("[!.]*-split0-draw0.npz")):
             meta = metrics.load_predictions(file).meta
             if "model" in meta:
-                shown.runs[meta["row"]] = meta["model"]
-        if shown.screen.made.get("paper"):
-            papers.append(shown)
-        else:
-            others.append(shown)
-    return papers + others
+                runs[meta["row"]] = meta["model"]
+        found.append(Shown(name, tasks.load_screen(folder), runs))
+    return sorted(found, key=lambda shown: "paper" not in shown.screen.made)
 
 
 def chosen(s: Settings, most: int) -> list[Shown]:
-    """The screens that models of ROWS have predicted, with these rows only: at most so many with log-expression, and as
-    many without. Raises BadInput if there is none."""
-    kept = []
+    """The screens that models of ROWS have predicted, with these rows: at most so many with log-expression, and as many
+    without. Raises BadInput if there is none."""
+    kept, count = [], {True: 0, False: 0}
     for shown in all_screens(s):
         runs = {row: shown.runs[row] for row in ROWS if row in shown.runs}
-        alike = [x for x in kept if x.screen.log_expression == shown.screen.log_expression]
-        if runs and len(alike) < most:
+        if runs and count[shown.screen.log_expression] < most:
+            count[shown.screen.log_expression] += 1
             kept.append(shown._replace(runs=runs))
     if not kept:
         raise BadInput(f"no predictions of {', '.join(ROWS)} in {s.out / s.scale / 'samples'}; sample.py makes them")
@@ -134,237 +120,221 @@ def chosen(s: Settings, most: int) -> list[Shown]:
 
 
 def model_of(s: Settings, name: str, run: str, split: int = 0) -> tuple[dict, eqx.Module, float]:
-    """Header, network and guidance weight of the model of a run for one split of a screen."""
-    asked = of_screen(s, name)
+    """Header, network and guidance weight of a run's model for a split of a screen."""
+    asked, guidance = of_screen(s, name), s.guidance
     file = train.model_file(asked, run, name, split)
-    head, network = model.load_model(file)
-    if s.guidance is not None:
-        return head, network, s.guidance
-    return head, network, sample.guidance_of(asked, file)
+    if guidance is None:
+        guidance = sample.guidance_of(asked, file)
+    return *model.load_model(file), guidance
 
 
 def units(s: Settings, name: str, cells: int, context: int) -> list[tuple[tuple[int, int, int], Evaluation]]:
     """(split, draw, system) and tasks of every unit of a screen, as far as the settings allow."""
     found = []
-    for folder in tasks.splits(of_screen(s, name))[: s.splits]:
-        split, screen = tasks.split_number(folder), tasks.load_screen(folder)
+    for split, folder in enumerate(tasks.splits(of_screen(s, name))[: s.splits]):
         for draw in range(s.draws):
-            evaluation = tasks.evaluation_tasks(screen, cells, context, s.seed, draw)
+            evaluation = tasks.evaluation_tasks(tasks.load_screen(folder), cells, context, s.seed, draw)
             for system in np.unique(evaluation.system)[: s.systems].tolist():
                 of_it = evaluation.system == system
                 found.append(((split, draw, system), jax.tree.map(lambda x: x[of_it], evaluation)))
     return found
 
 
-# ------------------------------------------------------------------------------------------ predicting and comparing
-
-
-def fewer(given: Given, count: int, context: int, cells: int) -> Given:
-    """The first tasks, the first context experiments of each, and the first cells of each population."""
-    return Given(given.controls[:count, :cells], given.context[:count, :context, :cells],
-                 given.context_treatments[:count, :context], given.query[:count])
-
-
-def predict(s: Settings, network: eqx.Module, given: Given, log_expression: bool, guidance: float,
-            key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
-    """Cells of each task as sample.py makes them, clipped; the same noise for the same key."""
-    cells = sample.generate(network, given, guidance, s.steps, s.cells, key=key)
-    return sample.clip_expression(cells, log_expression)[0]
-
-
-def scores(true: Float[np.ndarray, "all N D"], predicted: Float[np.ndarray, "P M D"],
-           controls: Float[np.ndarray, "all L D"], log_expression: bool) -> dict[str, float]:
-    """Metrics of the P conditions that are predicted, the first of `true`; the others are rivals for PDS."""
-    count = len(predicted)
-    ranks = metrics.pds_ranks(true, np.concatenate([predicted, true[count:]]))
-    found = {"wasserstein": [], "rmse": [], "pds": ranks[:count], "auprc": np.nan}
-    for y, y_hat in zip(true, predicted):
-        found["wasserstein"].append(metrics.wasserstein(y, y_hat))
-        found["rmse"].append(metrics.rmse(y, y_hat))
-    if log_expression:
-        found["auprc"] = metrics.deg_auprc(controls[:count], true[:count], predicted)["auprc"]
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
 def difference(what: str, values: Float[np.ndarray, "n"]) -> dict:
-    """An entry of `evidence`: mean, standard error (None for one) and number of paired differences."""
-    n, error = len(values), None
-    if n > 1:
-        error = float(np.std(values, ddof=1) / n**0.5)
-    return {"what": what, "difference": float(np.mean(values)), "error": error, "n": n}
+    """An entry of `evidence`: mean, standard error (None for one) and number of the defined paired differences."""
+    values, error = values[np.isfinite(values)], None
+    if len(values) > 1:
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return {"what": what, "difference": float(np.mean(values)), "error": error, "n": len(values)}
 
 
-def panels(rows: int, columns: int, inches: tuple = (3.9, 3.3)):
-    """An empty picture and its axes [rows, columns], each of so many inches."""
+# ----------------------------------------------------------------------------------------------- panels, and their look
+
+STYLES = {  # label: colour, marker, line; other labels take turns
+    "MapPFN": ("C0", "o", "-"), ROWS[PRETRAINED]: ("C1", "^", "--"), ROWS[FINETUNED]: ("C3", "s", "-"),
+    IDENTITY: ("0.5", "", "-."), "treated gene only": ("k", "", "--"), "random": ("k", "", ":"),
+    "equal": ("0.7", "", "-"), "genes": ("0.2", "o", ""),
+    "control": ("0.7", "o", "-"), "truth": ("C0", "s", "-"), "prediction": ("C3", "X", "--"),
+}
+USES = {  # of a condition, by tasks.USES; "C": control
+    tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.CONTEXT: "Co", tasks.ABSENT: "",
+}
+COLOURS = {"C": "0.88", "Tr": "#9ecae1", "V": "#fdd870", "Te": "#e58a80", "Co": "#c7e9c0"}
+
+
+class Panel(NamedTuple):
+    """All that is seen in one panel, and the content of every JSON: there, undefined numbers are None."""
+    title: str
+    xlabel: str
+    ylabel: str
+    log: str = ""         # axes that are logarithmic
+    x: list = []          # X
+    ticks: list = []      # labels of x, if not its numbers
+    curves: dict = {}     # label -> [U, X]: the mean over U is drawn, with the standard deviation over U
+    paired: bool = False  # ... once each unit's own level, its mean over X, is taken out
+    lines: dict = {}      # label -> where a vertical line is
+    bins: list = []       # edges
+    bars: dict = {}       # label -> heights; the first is a grey area
+    points: dict = {}     # label -> [N, 2]; large symbols are means
+    boxes: dict = {}      # label of a row -> for each of the ticks, one of COLOURS and a number
+
+
+def style(label: str, i: int) -> tuple[str, str, str]:
+    """Colour, marker and line of the i-th thing in a panel."""
+    return STYLES.get(label, (f"C{i}", "o^sDv<>ph*d8"[i % 12], "-"))
+
+
+def draw_curve(axis, p: Panel, label: str, values: Float[np.ndarray, "U X"], look: tuple[str, str, str]) -> None:
+    """Units with an undefined value are left out."""
+    colour, marker, line = look
+    values = values[np.isfinite(values).all(axis=1)]
+    if not len(values):
+        return
+    mean, sd, count = values.mean(axis=0), None, values.shape[1]
+    if len(values) > 1 and marker:
+        if p.paired:
+            # Taking the level out makes a standard deviation too small by sqrt((X - 1) / X) (Morey, 2008).
+            values = (values - values.mean(axis=1, keepdims=True)) * np.sqrt(count / max(1, count - 1))
+        sd = values.std(axis=0, ddof=1)
+    axis.errorbar(p.x, mean, sd, color=colour, marker=marker, ls=line, lw=1.3, ms=5, capsize=3, label=label)
+
+
+def draw_panel(axis, p: Panel) -> None:
+    """Whatever is in it."""
+    axis.set_title(p.title, fontsize=9)
+    axis.set(xlabel=p.xlabel, ylabel=p.ylabel)
+    for i, (label, values) in enumerate(p.curves.items()):
+        draw_curve(axis, p, label, np.array(values, float), style(label, i))
+    for label, x in p.lines.items():
+        axis.axvline(x, color=style(label, 7)[0], ls=":", lw=1, label=label)
+    for i, (label, heights) in enumerate(p.bars.items()):
+        colour, _, line = style(label, i)
+        axis.stairs(heights, p.bins, label=label, color=colour if i else "0.8", ls=line, lw=1.8, fill=i == 0)
+    for i, (label, points) in enumerate(p.points.items()):
+        points, (colour, marker, _) = np.array(points), style(label, i)
+        axis.scatter(*points.T, s=10, color=colour, marker=marker, alpha=0.4, lw=0)
+        axis.scatter(*points.mean(axis=0), s=90, color=colour, marker=marker, ec="k", label=label, zorder=3)
+    for i, row in enumerate(p.boxes.values()):
+        for j, (use, cells) in enumerate(row):
+            if use and cells:
+                axis.fill_between([j - 0.48, j + 0.48], i - 0.46, i + 0.46, color=COLOURS[use], lw=0)
+                axis.text(j, i, f"{use}\n{cells}", ha="center", va="center", fontsize=6)
+    axis.set_xscale("log" if "x" in p.log else "linear")
+    axis.set_yscale("log" if "y" in p.log else "linear")
+    if p.ticks:
+        axis.set_xticks(p.x, p.ticks, fontsize=7)
+        axis.minorticks_off()
+    if p.boxes:
+        axis.tick_params(axis="x", rotation=90)
+        axis.set_yticks(range(len(p.boxes)), p.boxes, fontsize=7)
+        axis.invert_yaxis()
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=7)
+
+
+def draw(document: dict, scale: str, path: Path) -> None:
+    """Draw a figure from the content of its JSON: at most four panels side by side, boxes below one another."""
     plt.switch_backend("Agg")  # no window
-    size = (inches[0] * columns, inches[1] * rows + 0.4)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    panels = [Panel(**panel) for panel in document["data"]["panels"]]
+    columns, width, height = min(4, len(panels)), 3.6, 3.2
+    if panels[0].boxes:
+        columns, width, height = 1, 9, 2.2
+    rows = -(-len(panels) // columns)
+    share = bool(panels[0].points)  # the same plane
+    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.4), layout="constrained",
+                                squeeze=False, sharex=share, sharey=share)
+    small = f" ({scale} scale, not the paper's)" * (scale != "paper")
+    canvas.suptitle(document["title"] + small, fontsize=10)
+    for axis, p in zip(axes.flat, panels):
+        draw_panel(axis, p)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    with scales.atomic(path) as temporary:
+        canvas.savefig(temporary, dpi=100, format="png")
+        with PIL.Image.open(temporary) as picture:  # 128 colours are enough, and a third of the size
+            picture.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
+    plt.close(canvas)
 
 
-# ------------------------------------------------------------------------ one task and its prediction (Figure 1)
+# ------------------------------------------------------- one task (Figure 1), its prediction, and the split (Figure 4)
 
 
-def first_prediction(s: Settings) -> tuple[Shown, Path, metrics.Predictions]:
+def first_prediction(s: Settings) -> tuple[Screen, Path, metrics.Predictions]:
     """Split 0, first draw, of the first screen with a fine-tuned model, else with any: not chosen for its looks."""
-    found = [shown for shown in all_screens(s) if shown.runs]
-    if not found:
-        raise BadInput(f"no predictions of a model in {s.out / s.scale / 'samples'}; sample.py makes them")
-    shown, row = found[0], next(iter(found[0].runs))
-    for other in reversed(found):
-        if FINETUNED in other.runs:
-            shown, row = other, FINETUNED
-    file = tasks.samples_file(of_screen(s, shown.name), row, 0, 0)
-    return shown, file, metrics.load_predictions(file)
+    name, screen, runs = max(chosen(s, s.screens), key=lambda shown: FINETUNED in shown.runs)
+    file = tasks.samples_file(of_screen(s, name), list(runs)[-1], 0, 0)
+    return screen, file, metrics.load_predictions(file)
 
 
-def do(screen: Screen, one_hot: Float[np.ndarray, "D"]) -> str:
-    """How a treatment is called in a picture."""
-    return f"do({screen.genes[int(np.flatnonzero(one_hot)[0])]})"
-
-
-def compute_overview(s: Settings) -> dict:
+def compute_overview(s: Settings) -> Found:
     """All that the model is given of its first test condition, and its answer, on two principal components."""
-    shown, file, p = first_prediction(s)
-    screen, made = shown.screen, p.meta["settings"]
+    screen, file, p = first_prediction(s)
+    made = p.meta["settings"]
     # The file lacks the context experiments: the tasks are made again.
     context = min(p.meta["training"]["context"], sample.most_experiments(screen))
     again = tasks.evaluation_tasks(screen, made["eval_cells"], context, made["seed"])
     if not np.array_equal(again.target, p.target):
         raise BadInput(f"{file}: not made from the present screen; delete it and run sample.py again")
-    cells = {"control": p.controls[0], "truth": p.target[0]}
-    for treatment, population in zip(again.given.context_treatments[0], again.given.context[0]):
-        cells[do(screen, treatment)] = population
-    fitted = np.concatenate(list(cells.values()))
+    cells = {"control": p.controls[0], "truth": p.target[0], "prediction": p.prediction[0]}
+    given = {"control": p.controls[0]}
+    for one_hot, population in zip(again.given.context_treatments[0], again.given.context[0]):
+        given[f"do({screen.genes[one_hot.argmax()]})"] = population
+    fitted = np.concatenate([p.target[0], *given.values()])
     centre = fitted.mean(axis=0)
-    _, spread, plane = np.linalg.svd(fitted - centre, full_matrices=False)
-    cells["prediction"] = p.prediction[0]
-    points = {name: ((x - centre) @ plane[:2].T).round(3).tolist() for name, x in cells.items()}
-    caption = (f"What {p.meta['row']} is given in one task ({screen.made['title']}, first test condition of split 0), "
-               f"and its prediction: principal components of control, context and true cells, {len(centre)} genes, "
-               f"{len(p.target[0])} cells a population; large symbols: means.")
-    return {"query": do(screen, p.treatments[0]), "unit": UNITS[screen.log_expression], "cells": points,
-            "explained": (spread**2 / (spread**2).sum())[:2].tolist(), "caption": caption}
+    plane = np.linalg.svd(fitted - centre, full_matrices=False)[2][:2].T
+    panels = []
+    for title, populations in {f"given: control cells and {context} context experiments": given,
+                               f"asked: do({screen.genes[p.treatments[0].argmax()]})": cells}.items():
+        points = {label: ((x - centre) @ plane).round(3) for label, x in populations.items()}
+        panels.append(Panel(title, f"PC 1 [{UNITS[screen.log_expression]}]", "PC 2", points=points))
+    return Found(panels, f"What {p.meta['row']} is given in one task ({screen.made['title']}, first test condition of "
+                 f"split 0), and its prediction, on the principal components of the true cells; n = {len(p.target[0])} "
+                 "cells a population.")
 
 
-def draw_overview(data: dict) -> matplotlib.figure.Figure:
-    """Controls, context experiments and query on the same plane."""
-    canvas, axes = panels(1, 3)
-    cells = {name: np.array(points) for name, points in data["cells"].items()}
-    looks = {"control": ("0.6", "o"), "truth": ("C0", "s"), "prediction": ("C3", "X")}
-    context = [name for name in cells if name not in looks]
-    for i, name in enumerate(context):
-        looks[name] = (f"C{i + 1}", "^vD<>ph*d8"[i % 10])
-    ends = np.quantile(np.concatenate(list(cells.values())), [0, 1], axis=0)
-    parts = {"given: control cells": ["control"], f"given: {len(context)} context experiments": context,
-             f"asked: {data['query']}": ["truth", "prediction"]}
-    for axis, (title, names) in zip(axes.flat, parts.items()):
-        for name in names:
-            colour, marker = looks[name]
-            axis.scatter(*cells[name].T, s=10, color=colour, marker=marker, alpha=0.4, lw=0)
-        for name in dict.fromkeys(["control", *names]):
-            colour, marker = looks[name]
-            axis.scatter(*cells[name].mean(axis=0), s=110, color=colour, marker=marker, label=name, ec="k", zorder=3)
-        axis.set(title=title, xlim=ends[:, 0] + [-0.2, 0.2], ylim=ends[:, 1] + [-0.2, 0.2])
-        axis.set_xlabel(f"PC 1 [{data['unit']}], {data['explained'][0]:.0%} of variance")
-        axis.set_ylabel(f"PC 2, {data['explained'][1]:.0%}")
-    return canvas
-
-
-def compute_prediction(s: Settings) -> dict:
+def compute_prediction(s: Settings) -> Found:
     """The same answer gene by gene: means of all genes, cells of the treated and of the most changed other gene."""
-    shown, _, p = first_prediction(s)
-    cells = {"control": p.controls[0], "truth": p.target[0], "MapPFN": p.prediction[0]}
-    level = p.controls[0].mean(axis=0)
-    change, predicted = p.target[0].mean(axis=0) - level, p.prediction[0].mean(axis=0) - level
-    treated = int(np.flatnonzero(p.treatments[0])[0])
-    others = np.abs(change)
+    screen, _, p = first_prediction(s)
+    cells = {"control": p.controls[0], "truth": p.target[0], "prediction": p.prediction[0]}
+    level, unit, treated = p.controls[0].mean(axis=0), UNITS[screen.log_expression], int(p.treatments[0].argmax())
+    true, predicted = p.target[0].mean(axis=0) - level, p.prediction[0].mean(axis=0) - level
+    panels = [Panel(f"do({screen.genes[treated]})", f"true change of the mean [{unit}]", "predicted change", x=true,
+                    curves={"equal": [true], "genes": [predicted]}, lines={"treated gene": true[treated]})]
+    others = np.abs(true)
     others[treated] = -1
-    histograms = {}
     for title, gene in {"treated gene": treated, "most changed other gene": int(others.argmax())}.items():
         bins = np.histogram_bin_edges(np.concatenate(list(cells.values()))[:, gene], 20)
-        counts = {name: np.histogram(x[:, gene], bins)[0].tolist() for name, x in cells.items()}
-        histograms[title] = {"gene": shown.screen.genes[gene], "bins": bins.tolist(), "counts": counts}
-    caption = (f"One prediction against the truth ({shown.screen.made['title']}, {p.meta['row']}, first test condition "
-               f"of split 0, {len(p.target[0])} cells): change of each gene's mean against control, and two genes.")
-    return {"query": do(shown.screen, p.treatments[0]), "unit": UNITS[p.log_expression], "treated": treated,
-            "change": change.tolist(), "predicted": predicted.tolist(), "histograms": histograms, "caption": caption}
+        bars = {label: np.histogram(x[:, gene], bins)[0] for label, x in cells.items()}
+        panels.append(Panel(title, f"{screen.genes[gene]} [{unit}]", "cells", bins=bins, bars=bars))
+    return Found(panels, f"One prediction against the truth ({screen.made['title']}, {p.meta['row']}, first test "
+                 f"condition of split 0, n = {len(p.target[0])} cells): change of each gene's mean, and two genes.")
 
 
-def draw_prediction(data: dict) -> matplotlib.figure.Figure:
-    """Means, then two histograms."""
-    canvas, axes = panels(1, 3)
-    means, gene = axes[0, 0], data["treated"]
-    means.axline((0, 0), slope=1, color="0.7", lw=1, zorder=0)
-    means.scatter(data["change"], data["predicted"], s=18, color="0.2")
-    means.scatter(data["change"][gene], data["predicted"][gene], s=60, fc="none", ec="C3", label="treated gene")
-    means.set(title=f"{data['query']}, all genes", ylabel="predicted change")
-    means.set_xlabel(f"true change of the mean [{data['unit']}]")
-    looks = {"control": {"color": "0.8", "fill": True}, "truth": {"color": "C0", "lw": 2},
-             "MapPFN": {"color": "C3", "lw": 2, "ls": "--"}}
-    for axis, (title, histogram) in zip(axes.flat[1:], data["histograms"].items()):
-        for name, counts in histogram["counts"].items():
-            axis.stairs(counts, histogram["bins"], label=name, **looks[name])
-        axis.set(title=title, xlabel=f"{histogram['gene']} [{data['unit']}]", ylabel="cells")
-    return canvas
-
-
-# --------------------------------------------------------------------------------------- the split as built (Figure 4)
-
-USES = {TRAIN: "train", VALIDATION: "validation", TEST: "test", tasks.CONTEXT: "context", tasks.ABSENT: ""}
-LOOKS = {  # letter, colour, colour of the letter
-    "control": ("C", "0.88", "k"), "train": ("Tr", "#9ecae1", "k"), "context": ("Co", "#c7e9c0", "k"),
-    "validation": ("V", "#fdd870", "k"), "test": ("Te", "#b2182b", "w"),
-}
-
-
-def compute_split(s: Settings) -> dict:
+def compute_split(s: Settings) -> tuple[list, str, list]:
     """Use and number of cells of each condition in split 0, of every screen with few enough systems to show."""
-    found = {}
+    panels = []
     for name, screen, _ in all_screens(s):
-        if name.endswith("-wide") or len(screen.systems) > 10:
+        if len(screen.systems) > 10 or name.endswith("-wide"):
             continue
-        rows = []
-        for split, count in zip(screen.split.tolist(), screen.count.tolist()):
+        boxes = {}
+        for system, split, count in zip(screen.systems, screen.split.tolist(), screen.count.tolist()):
             uses = [USES[use] for use in split]
-            uses[CONTROL] = "control"
-            rows.append(list(zip(uses, count)))
-        found[name] = {"title": screen.made["title"], "systems": screen.systems,
-                       "treatments": screen.treatment_names, "conditions": rows}
-    if not found:
+            uses[CONTROL] = "C"
+            boxes[system] = list(zip(uses, count))
+        treatments = screen.treatment_names
+        panels.append(Panel(screen.made["title"], "treatment", "system", x=list(range(len(treatments))),
+                            ticks=treatments, boxes=boxes))
+    if not panels:
         raise BadInput(f"no screen of at most 10 systems in {s.out / s.scale / 'screens'}; data.py makes them")
-    caption = ("What each condition, a system (row) under a treatment (column), is used for in split 0, and its "
-               "number of cells. Half of one system's treatments are held out. Empty: no data.")
-    return {"screens": found, "caption": caption}
-
-
-def draw_split(data: dict) -> matplotlib.figure.Figure:
-    """A matrix for each screen."""
-    canvas, axes = panels(len(data["screens"]), 1, (9, 2))
-    for axis, matrix in zip(axes.flat, data["screens"].values()):
-        height, width = len(matrix["systems"]), len(matrix["treatments"])
-        for i, j in np.ndindex(height, width):
-            use, cells = matrix["conditions"][i][j]
-            if not use or not cells:
-                continue
-            text, colour, ink = LOOKS[use]
-            if width < 25:
-                text += f"\n{cells}"
-            axis.fill_between([j - 0.48, j + 0.48], i - 0.46, i + 0.46, color=colour, lw=0)
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
-        axis.set_xticks(range(width), matrix["treatments"], rotation=40, ha="right", fontsize=7)
-        axis.set_yticks(range(height), matrix["systems"], fontsize=7)
-        axis.set(title=matrix["title"], xlabel="treatment", ylabel="system")
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    handles = [axes[0, 0].fill_between([], [], color=colour) for _, colour, _ in LOOKS.values()]
-    labels = [f"{letter}: {use}" for use, (letter, _, _) in LOOKS.items()]
-    canvas.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    return canvas
+    caption = ("Use of each condition in split 0, and its number of cells: control, train, validation, test, context "
+               "(known, in a held-out system). Empty: no data.")
+    return panels, caption, []
 
 
 # ---------------------------------------------------------------------------- variances during pre-training (Figure 2)
 
 
-def variance_correlation(true: Float[np.ndarray, "N D"], predicted: Float[np.ndarray, "M D"]) -> float:
+def variance_correlation(true: Float[np.ndarray, "N D"], predicted: Float[np.ndarray, "L D"]) -> float:
     """Pearson correlation over genes of the variances over cells; NaN where all genes of one side vary equally."""
     a, b = true.var(axis=0, dtype=float), predicted.var(axis=0, dtype=float)
     if a.std() == 0 or b.std() == 0:
@@ -372,506 +342,276 @@ def variance_correlation(true: Float[np.ndarray, "N D"], predicted: Float[np.nda
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def update_of(file: Path) -> int:
-    """12 of update-12.eqx."""
-    return int(file.stem.removeprefix("update-"))
-
-
-def compute_variance(s: Settings) -> dict:
+def compute_variance(s: Settings) -> tuple[list, str, list]:
     """Every snapshot of every run, on held-out systems of its own prior and on real test conditions, zero-shot."""
-    folders = sorted((s.out / s.scale / "train").glob("*/split-0/snapshots"))
-    if not folders:
+    panels, evidence = {}, []
+    for folder in sorted((s.out / s.scale / "train").glob("*/split-0/snapshots")):
+        files = {int(file.stem.removeprefix("update-")): file for file in folder.glob("update-*.eqx")}
+        head, _ = model.load_model(files[max(files)])
+        places = {"held-out systems of its own prior": load_first(s, head["screen"])}
+        for _, screen, _ in chosen(s, s.screens):
+            if screen.log_expression:
+                places[screen.made["title"]] = screen
+        seen = [update * head["micro_batch"] * head["accumulate"] for update in sorted(files)]
+        for number, (title, screen) in enumerate(places.items()):
+            p = Panel(title, "training tasks seen", "correlation of variances ↑", x=seen, curves={}, paired=True)
+            p = panels.setdefault((title, *seen), p)  # runs with other snapshots have panels of their own
+            ordered = [files[update] for update in sorted(files)]
+            p.curves[folder.parents[1].name] = snapshot_values(s, ordered, screen, head["context"], number)
+    if not panels:
         raise BadInput(f"no snapshots in {s.out / s.scale / 'train'}; train.py --snapshots 12 makes them")
-    real = {shown.name: shown.screen for shown in chosen(s, s.screens) if shown.screen.log_expression}
-    curves = []
-    for folder in folders:
-        files = sorted(folder.glob("update-*.eqx"), key=update_of)
-        head, _ = model.load_model(files[0])
-        seen = [update_of(file) * head["micro_batch"] * head["accumulate"] for file in files]
-        places = {"prior": load_first(s, head["screen"])} | real
-        for number, (place, screen) in enumerate(places.items()):
-            values = snapshot_values(s, files, screen, min(head["context"], sample.most_experiments(screen)), number)
-            curves.append({"run": folder.parents[1].name, "place": place, "title": screen.made["title"], "tasks": seen,
-                           "values": values, "mean": np.nanmean(values, axis=1).tolist()})
-    caption = ("Correlation over genes of the variances of predicted and true cells during pre-training. Points: mean "
-               f"of {s.snapshot_tasks} tasks of {s.cells} cells, the same for all points; curves: moving average "
-               f"(alpha {s.smoothing}); band: standard deviation of {s.window} neighbouring points of a single run.")
-    return {"curves": curves, "smoothing": s.smoothing, "window": s.window, "caption": caption,
-            "evidence": paired_minus_unpaired(curves)}
+    for p in panels.values():
+        for run, paired in p.curves.items():
+            if f"{run}-unpaired" in p.curves:
+                values = np.nanmean(paired - p.curves[f"{run}-unpaired"], axis=0)
+                last = max(2, len(values) // 3)
+                evidence.append(difference(f"correlation of variances, {p.title}: {run} minus {run}-unpaired, last "
+                                           f"{last} snapshots of one run each", values[-last:]))
+    caption = (f"Correlation over genes of predicted and true variances; bars: sd over n = {s.snapshot_tasks} tasks of "
+               f"{s.cells} cells, the same for all points, each one's mean level taken out.")
+    return list(panels.values()), caption, evidence
 
 
-def snapshot_values(s: Settings, files: list[Path], screen: Screen, context: int, number: int) -> list[list[float]]:
-    """Variance correlation of every snapshot and task [M, P]; all snapshots have the same tasks and noise."""
+def snapshot_values(s: Settings, files: list[Path], screen: Screen, context: int,
+                    number: int) -> Float[np.ndarray, "P X"]:
+    """Variance correlation of every task and snapshot; all snapshots have the same tasks and noise."""
     rng = scales.generator("figure", s.seed, number)
+    context = min(context, sample.most_experiments(screen))
     batch = tasks.sample_tasks(rng, screen, s.snapshot_tasks, s.cells, context, TEST)
-    values = []
-    for file in tqdm(files, unit="snapshot", desc=f"variance: {screen.made['title']}"):
+    values = np.empty((s.snapshot_tasks, len(files)))
+    for i, file in enumerate(tqdm(files, unit="snapshot", desc=f"variance: {screen.made['title']}")):
         _, network = model.load_model(file)
         # [D49] paper: silent; here: weight 1, since guidance changes the variances.
-        cells = predict(s, network, batch.given, screen.log_expression, 1.0, scales.key("figure", s.seed))
-        values.append([variance_correlation(*pair) for pair in zip(batch.target, cells)])
+        cells = sample.generate(network, batch.given, 1.0, s.steps, key=scales.key("figure", s.seed))
+        cells, _ = sample.clip_expression(cells, screen.log_expression)
+        values[:, i] = [variance_correlation(*pair) for pair in zip(batch.target, cells)]
     return values
 
 
-def paired_minus_unpaired(curves: list[dict]) -> list[dict]:
-    """Evidence: over the last third of the snapshots of RUN and of RUN-unpaired, at each place."""
-    means = {(curve["run"], curve["place"]): np.array(curve["mean"]) for curve in curves}
-    evidence = []
-    for (run, place), paired in means.items():
-        unpaired = means.get((f"{run}-unpaired", place))
-        if unpaired is not None:
-            tail = max(2, len(paired) // 3)
-            values = paired[-tail:] - unpaired[-tail:]
-            if np.isfinite(values).all():
-                evidence.append(difference(f"correlation of variances, {place}: {run} minus {run}-unpaired, last "
-                                           f"{tail} snapshots of one run each", values))
-    return evidence
+# ---------- one thing varies, all else stays: Figures 3 and 5, guidance (Table 7), steps of the ODE solver (A.4)
+
+METRICS = ("W2 ↓ [squared units]", "PDS ↓", "RMSE ↓", "AUPRC ↑")
 
 
-def smooth(values: Float[np.ndarray, "M"], weight: float,
-           window: int) -> tuple[Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
-    """Exponential moving average that starts from the first value, and standard deviation in a centred window."""
-    average, sd = [values[0]], []
-    for value in values[1:]:
-        average.append(weight * average[-1] + (1 - weight) * value)
-    for i in range(len(values)):
-        around = values[max(0, i - window // 2) : i + window // 2 + 1]
-        sd.append(np.std(around, ddof=min(1, len(around) - 1)))
-    return np.array(average), np.array(sd)
+class Sweep(NamedTuple):
+    """What is varied: label of the axis, what is shown, logarithmic axes, what of the paper's settings it varies."""
+    label: str
+    metrics: tuple[str, ...]
+    log: str = ""
 
 
-def draw_variance(data: dict) -> matplotlib.figure.Figure:
-    """A panel for each place, a curve for each run."""
-    places = list(dict.fromkeys(curve["place"] for curve in data["curves"]))
-    runs = list(dict.fromkeys(curve["run"] for curve in data["curves"]))
-    canvas, axes = panels(1, len(places))
-    for curve in data["curves"]:
-        axis, i = axes[0, places.index(curve["place"])], runs.index(curve["run"])
-        look = {"color": f"C{i}", "marker": "o^sDv"[i % 5], "ms": 4}
-        x, y = np.array(curve["tasks"]), np.array(curve["mean"], float)
-        average, sd = smooth(y, data["smoothing"], data["window"])
-        axis.fill_between(x, average - sd, average + sd, color=f"C{i}", alpha=0.2, lw=0)
-        axis.plot(x, y, ls="", mfc="none", alpha=0.7, **look)
-        title, line = f"{curve['title']}, zero-shot", "-"
-        if curve["place"] == "prior":
-            title, line = "held-out systems of its own prior", "--"
-        axis.plot(x, average, ls=line, markevery=[-1], label=curve["run"], **look)
-        axis.set(title=title, xlabel="training tasks seen", ylabel="correlation of variances ↑")
-    return canvas
-
-
-# ----------------------------------------------------------------------------------- test-time augmentation (Figure 3)
-
-WAYS = {"single": "single passes", "thinned": "augmented,\nas many cells", "augmented": "augmented,\nall cells"}
-
-
-def tta_unit(s: Settings, network: eqx.Module, size: int, guidance: float, numbers: tuple[int, ...],
-             found: Evaluation) -> dict[str, float]:
-    """AUPRC of each way to predict one unit with a model of `size` genes, and of the rules without a model."""
-    treated = found.given.context.shape[1] + 1
-    fewest = -(-(found.given.query.shape[1] - treated) // (size - treated))  # subsets that reach all genes
-    predicted = {way: [] for way in WAYS}
-    count = min(s.tasks, len(found.target))
-    for i in range(count):
-        given = Given(*(field[i] for field in found.given))
-        cells = {}
-        for subsets in (fewest, s.subsets):
-            # With equal seeds the few subsets are the first of the many, with the same noise: a paired comparison.
-            rng = scales.generator("figure", s.seed, *numbers, i)
-            key = scales.key("figure", s.seed, *numbers, i)
-            pooled = sample.augmented(network, given, size, subsets, rng, guidance, s.steps, key=key)
-            cells[subsets] = sample.clip_expression(pooled[None], True)[0][0]
-        predicted["single"].append(cells[fewest][: s.cells])
-        predicted["thinned"].append(cells[s.subsets][: s.cells])
-        predicted["augmented"].append(cells[s.subsets])
-    result = {}
-    for way, populations in predicted.items():
-        least = min(len(cells) for cells in populations)  # the rarest gene's cells may differ between tasks
-        stacked = np.stack([cells[:least] for cells in populations])
-        auprc = metrics.deg_auprc(found.given.controls[:count], found.target[:count], stacked,
-                                  found.given.query[:count])
-        result |= {way: auprc["auprc"], "treated gene only": auprc["target_only"], "random": auprc["base_rate"]}
-    return result
-
-
-def compute_tta(s: Settings) -> dict:
-    """AUPRC of the pre-trained model on more genes than it has (6)."""
-    results, sizes, differences = {}, [], []
-    for name, screen, runs in chosen(s, s.screens):
-        wide = f"{name}-wide"
-        if PRETRAINED not in runs or not (s.out / s.scale / "screens" / wide).is_dir():
-            continue
-        screen = load_first(s, wide)
-        head, network, guidance = model_of(s, name, runs[PRETRAINED])
-        context = min(head["context"], sample.most_experiments(screen))
-        found = units(dataclasses.replace(s, splits=1, draws=s.tta_draws), wide, s.cells, context)
-        values = []
-        for numbers, evaluation in tqdm(found, unit="unit", desc=f"tta: {name}"):
-            values.append(tta_unit(s, network, head["genes"], guidance, numbers, evaluation))
-        differences += [unit["augmented"] - unit["single"] for unit in values]
-        title = f"{screen.made['title']}: {len(screen.genes)} genes, model of {head['genes']}"
-        results[title] = values
-        sizes.append(f"{title}, n = {len(values)} draws of cells")
-    if not results:
-        raise BadInput(f"no screen NAME-wide of a predicted screen NAME in {s.out / s.scale / 'screens'}; "
-                       "data.py --name NAME-wide with twice the --genes makes it")
-    caption = (f"Recovery of differentially expressed genes, zero-shot ({'; '.join(sizes)}; up to {s.tasks} test "
-               f"conditions each, {s.cells} true cells). Single passes: the fewest random subsets of genes that reach "
-               f"all; augmented: {s.subsets} subsets, pooled gene by gene. More cells alone make the test for "
-               "expression more sensitive, hence also with as many as in one pass. Thin lines: n; bars: sd.")
-    differences = np.array(differences)
-    differences = differences[np.isfinite(differences)]
-    evidence = []
-    if len(differences):
-        evidence = [difference("AUPRC: augmented minus single passes", differences)]
-    return {"screens": results, "caption": caption, "evidence": evidence}
-
-
-def draw_tta(data: dict) -> matplotlib.figure.Figure:
-    """The ways side by side, units as lines, and two rules that need no model."""
-    canvas, axes = panels(1, len(data["screens"]), (5, 4))
-    for axis, (title, values) in zip(axes.flat, data["screens"].items()):
-        found = {name: np.array([unit[name] for unit in values], float) for name in values[0]}
-        ways = np.array([found[way] for way in WAYS])  # 3 U
-        ways = ways[:, np.isfinite(ways).all(axis=0)]  # undefined where no gene changes in truth
-        axis.plot(range(3), ways, "-", color="0.65", lw=0.8, marker=".", ms=4)
-        if ways.size:
-            sd = ways.std(axis=1, ddof=min(1, ways.shape[1] - 1))
-            axis.errorbar(range(3), ways.mean(axis=1), sd, fmt="D", color="C0", capsize=4, ms=7, label="mean ± sd")
-            axis.axhline(np.nanmean(found["treated gene only"]), color="k", ls="--", lw=1, label="treated gene only")
-            axis.axhline(np.nanmean(found["random"]), color="k", ls=":", lw=1, label="random")
-        axis.set_xticks(range(3), WAYS.values())
-        axis.set(title=title, ylabel="AUPRC ↑", xlim=(-0.4, 2.4), ylim=(0, None))
-    return canvas
-
-
-# -------------------------------- one thing varies, all else stays: context, cells (Figure 5), guidance (A.4, Table 7)
-
-LABELS = {"wasserstein": "W2 ↓ [squared units]", "rmse": "RMSE ↓", "pds": "PDS ↓", "auprc": "AUPRC ↑"}
-SWEEPS = {  # label of the axis, metrics
-    "context": ("context experiments K given", ("wasserstein", "pds")),
-    "cells": ("cells given per population", ("wasserstein", "pds")),
-    "guidance": ("guidance weight", tuple(LABELS)),
+SWEEPS = {
+    "context": Sweep("context experiments K given", METRICS[:2]),
+    "cells": Sweep("cells given per population", METRICS[:2], "x"),
+    "guidance": Sweep("guidance weight", METRICS),
+    "steps": Sweep("Dopri5 steps (6 evaluations each)", ("largest difference", "root mean square"), "xy"),
+    "tta": Sweep("", ("AUPRC ↑",)),
 }
+WAYS = ["single passes", "augmented,\nas many cells", "augmented,\nall cells"]
 
 
-def compute_sweep(s: Settings, what: str) -> dict:
-    """Scores of every model for each value of what varies."""
-    found = chosen(s, s.screens)
-    for name, _, runs in found:  # a missing model shows before the long work
-        for run in runs.values():
-            model_of(s, name, run)
-    blocks = {shown.name: sweep_screen(s, what, shown) for shown in found}
-    sizes, evidence = [], []
-    for block in blocks.values():
-        sizes.append(f"{block['title']}: n = {block['units']}, up to {s.tasks} test conditions each")
-        evidence += improvements(what, block)
-    caption = (f"Performance against {SWEEPS[what][0]} (n held-out systems, splits and draws; {'; '.join(sizes)}), on "
-               f"the same tasks, noise and true cells ({s.cells} a condition). Bars: standard deviation over n after "
-               "each one's mean level was taken out.")
-    return {"what": what, "screens": blocks, "caption": caption, "evidence": evidence}
+def scores(true: Float[np.ndarray, "all N D"], predicted: Float[np.ndarray, "P L D"],
+           controls: Float[np.ndarray, "all O D"], log_expression: bool) -> list[float]:
+    """METRICS of the P conditions that are predicted, the first of `true`; the others are rivals for PDS."""
+    predicted, _ = sample.clip_expression(predicted, log_expression)
+    count, auprc, pairs = len(predicted), np.nan, list(zip(true, predicted))
+    ranks = metrics.pds_ranks(true, np.concatenate([predicted, true[count:]]))
+    if log_expression:
+        auprc = metrics.deg_auprc(controls[:count], true[:count], predicted)["auprc"]
+    return [np.mean([metrics.wasserstein(*pair) for pair in pairs]), ranks[:count].mean(),
+            np.mean([metrics.rmse(*pair) for pair in pairs]), auprc]
 
 
-def sweep_screen(s: Settings, what: str, shown: Shown) -> dict:
-    """Of one screen; `values` are [U, X] for each row and metric."""
-    splits = [tasks.load_screen(folder) for folder in tasks.splits(of_screen(s, shown.name))[: s.splits]]
-    most = min(sample.most_experiments(screen) for screen in splits)
-    weights = {}
-    for row, run in shown.runs.items():
-        trained, _, weights[row] = model_of(s, shown.name, run)
-    cells = s.cells
-    if what == "context":
-        x = [k for k in s.contexts if k <= most]
-    elif what == "cells":
-        x = numbers_of_cells(s, trained["cells"], splits)
-        cells = max(cells, *x)
-    else:
-        x = list(s.weights)
-    # The tasks have enough for the largest value; smaller ones get their first experiments and cells.
-    found = units(s, shown.name, cells, most)
-    values = {row: {metric: [] for metric in SWEEPS[what][1]} for row in (*shown.runs, "identity")}
-    for numbers, evaluation in tqdm(found, unit="unit", desc=f"{what}: {shown.name}"):
-        for row, points in sweep_unit(s, what, x, shown, numbers, evaluation).items():
-            for metric, kept in values[row].items():
-                kept.append([point[metric] for point in points])
-    return {"title": shown.screen.made["title"], "x": x, "trained": trained.get(what), "weights": weights,
-            "units": len(found), "values": values}
+def predict(s: Settings, network: eqx.Module, e: Evaluation, key: PRNGKeyArray, context: int, cells: int,
+            guidance: float, steps: int) -> Float[np.ndarray, "P N D"]:
+    """The first tasks of a unit, given the first context experiments and the first cells of each population."""
+    given = Given(e.given.controls[: s.tasks, :cells], e.given.context[: s.tasks, :context, :cells],
+                  e.given.context_treatments[: s.tasks, :context], e.given.query[: s.tasks])
+    return sample.generate(network, given, guidance, steps, s.cells, key=key)
 
 
-def numbers_of_cells(s: Settings, trained: int, splits: list[Screen]) -> list[int]:
-    """Multiples of the cells in training, up to the limit and to the smallest population that is given."""
-    most = s.most_cells
-    for screen in splits:
-        count = screen.count[(screen.split == TEST).any(axis=1)]
-        most = min(most, int(count[count > 0].min()))
-    return sorted({min(most, max(2, round(multiple * trained))) for multiple in s.multiples})
-
-
-def sweep_unit(s: Settings, what: str, x: list, shown: Shown, numbers: tuple[int, int, int],
-               found: Evaluation) -> dict[str, list[dict]]:
-    """Row -> scores at each of `x`, for one unit."""
-    log_expression, most = shown.screen.log_expression, found.given.context.shape[1]
-    true, controls = found.target[:, : s.cells], found.given.controls[:, : s.cells]
-    same = scores(true, found.identity[: s.tasks, : s.cells], controls, log_expression)
-    result = {"identity": [same] * len(x)}
+def unit_curves(s: Settings, what: str, x: list, shown: Shown, numbers: tuple[int, int, int],
+                e: Evaluation) -> dict[str, list]:
+    """[X, M] of each model in one unit, and of what needs no model."""
+    true, controls, log_expression = e.target[:, : s.cells], e.given.controls[:, : s.cells], shown.screen.log_expression
+    curves, key = {}, scales.key("figure", s.seed, *numbers)
+    if what in ("context", "cells", "guidance"):
+        curves[IDENTITY] = [scores(true, e.identity[: s.tasks, : s.cells], controls, log_expression)] * len(x)
     for row, run in shown.runs.items():
         head, network, guidance = model_of(s, shown.name, run, numbers[0])
-        result[row] = []
+        if what == "tta":
+            return tta_curves(s, head["genes"], network, guidance, numbers, e)
+        usual = {"context": min(head["context"], e.given.context.shape[1]), "cells": s.cells, "guidance": guidance,
+                 "steps": s.steps}
+        if what == "steps":
+            finest = predict(s, network, e, key, **usual | {"steps": s.ode_reference})
+        curve = curves.setdefault(ROWS[row], [])
         for value in x:
-            k, n, weight = min(head["context"], most), s.cells, guidance
-            if what == "context":
-                k = value
-            elif what == "cells":
-                n = value
+            cells = predict(s, network, e, key, **usual | {what: value})
+            if what == "steps":
+                error = np.maximum(np.abs(cells - finest), 1e-9)  # the axis is logarithmic
+                curve.append([error.max(), np.sqrt(np.mean(error**2))])
             else:
-                weight = float(value)
-            given = fewer(found.given, s.tasks, k, n)
-            cells = predict(s, network, given, log_expression, weight, scales.key("figure", s.seed, *numbers))
-            result[row].append(scores(true, cells, controls, log_expression))
-    return result
+                curve.append(scores(true, cells, controls, log_expression))
+    return curves
 
 
-def improvements(what: str, block: dict) -> list[dict]:
-    """Evidence: W2 at K = 1, or at the size of training, minus at the largest, paired within units."""
-    if what == "guidance":
-        return []
-    x, start = block["x"], {"context": 1, "cells": block["trained"]}[what]
-    first = 0
-    if start in x:
-        first = x.index(start)
-    evidence = []
-    for row, values in block["values"].items():
-        if row != "identity" and first < len(x) - 1:
-            w2 = np.array(values["wasserstein"])  # U X
-            evidence.append(difference(f"W2, {block['title']}, {STYLES[row][0]}: with {x[first]} {SWEEPS[what][0]} "
-                                       f"minus with {x[-1]}", w2[:, first] - w2[:, -1]))
-    return evidence
+def tta_curves(s: Settings, size: int, network: eqx.Module, guidance: float, numbers: tuple[int, ...],
+               e: Evaluation) -> dict[str, list]:
+    """AUPRC [X, 1] of the three WAYS to predict one unit with a model of `size` genes (6), and of two rules."""
+    treated, count = e.given.context.shape[1] + 1, min(s.tasks, len(e.target))
+    fewest = -(-(e.given.query.shape[1] - treated) // (size - treated))  # subsets that reach all genes
+    predicted = [], [], []  # by way, then by task
+    for i in range(count):
+        given, pooled = Given(*(field[i] for field in e.given)), []
+        for subsets in (fewest, s.subsets):
+            # With equal seeds the few subsets are the first of the many, with the same noise: a paired comparison.
+            rng, key = scales.generator("figure", s.seed, *numbers, i), scales.key("figure", s.seed, *numbers, i)
+            cells = sample.augmented(network, given, size, subsets, rng, guidance, s.steps, key=key)
+            pooled.append(np.maximum(cells, 0))
+        for way, cells in zip(predicted, (pooled[0][: s.cells], pooled[1][: s.cells], pooled[1])):
+            way.append(cells)
+    curves = {ROWS[PRETRAINED]: [], "treated gene only": [], "random": []}
+    for populations in predicted:
+        least = min(len(cells) for cells in populations)  # the rarest gene's cells may differ between tasks
+        stacked = np.stack([cells[:least] for cells in populations])
+        area = metrics.deg_auprc(e.given.controls[:count], e.target[:count], stacked, e.given.query[:count])
+        for curve, name in zip(curves.values(), ("auprc", "target_only", "base_rate")):
+            curve.append([area[name]])
+    return curves
 
 
-def draw_sweep(data: dict) -> matplotlib.figure.Figure:
-    """A row of panels for each screen, a column for each metric, a curve for each model."""
-    label, shown = SWEEPS[data["what"]]
-    canvas, axes = panels(len(data["screens"]), len(shown), (3.5, 3))
-    for row, block in zip(axes, data["screens"].values()):
-        for axis, metric in zip(row, shown):
-            for line, values in block["values"].items():
-                draw_curve(axis, block["x"], np.array(values[metric], float), line)
-            if not axis.has_data():  # AUPRC of SCM values, or where no gene changes
-                axis.set_axis_off()
-                axis.text(0.5, 0.5, f"{metric} is not defined for\n{block['title']}", ha="center")
-                continue
-            if block["trained"] is not None:
-                axis.axvline(block["trained"], color="k", ls=(0, (1, 2)), lw=1, label="as in training")
-            if data["what"] == "guidance":
-                for line, weight in block["weights"].items():
-                    axis.axvline(weight, color=STYLES[line][1], ls=":", lw=1, label="chosen in validation")
-            if data["what"] == "cells":
-                axis.set_xscale("log")
-            axis.set_xticks(block["x"], [f"{x:g}" for x in block["x"]])
-            axis.minorticks_off()
-            axis.set(title=block["title"], xlabel=label, ylabel=LABELS[metric])
-    return canvas
-
-
-def draw_curve(axis, x: list, values: Float[np.ndarray, "U X"], row: str) -> None:
-    """Mean over units, and their deviation once each one's own level, the mean over all of `x`, is taken out."""
-    label, colour, marker, line = STYLES[row]
-    values = values[np.isfinite(values).all(axis=1)]
-    if not len(values):
-        return
-    mean, sd = values.mean(axis=0), None
-    if len(values) > 1 and row != "identity":
-        free = values - values.mean(axis=1, keepdims=True)
-        # Taking the level out makes a standard deviation too small by sqrt((X - 1) / X) (Morey, 2008).
-        sd = free.std(axis=0, ddof=1) * np.sqrt(len(x) / max(1, len(x) - 1))
-    axis.errorbar(x, mean, sd, color=colour, marker=marker, ls=line, capsize=3, ms=5, label=label)
-
-
-# --------------------------------------------------------------------------------------------- error of the ODE solver
-
-
-def compute_ode(s: Settings) -> dict:
-    """Largest and root-mean-square difference of all values from a finer solution, for the same noise, unclipped."""
-    curves, steps = {}, [n for n in s.ode_steps if n < s.ode_reference]
+def wide_screens(s: Settings) -> list[Shown]:
+    """NAME-wide, with more genes, of each screen NAME that the pre-trained model has predicted."""
+    found = []
     for name, _, runs in chosen(s, s.screens):
-        for run in runs.values():
-            head, network, guidance = model_of(s, name, run)
-            if head["init"] or run in curves:  # only pre-trained models, each once
-                continue
-            screen = load_first(s, head["screen"])
-            rng, key = scales.generator("figure", s.seed), scales.key("figure", s.seed)
-            given = tasks.sample_tasks(rng, screen, s.ode_tasks, s.cells, head["context"], VALIDATION).given
-            reference = sample.generate(network, given, guidance, s.ode_reference, key=key).astype(float)
-            largest, squares = [], []  # X P
-            for n in tqdm(steps, unit="setting", desc=f"ode: {run}"):
-                error = sample.generate(network, given, guidance, n, key=key) - reference
-                largest.append(np.abs(error).max(axis=(1, 2)).tolist())
-                squares.append(np.sqrt((error**2).mean(axis=(1, 2))).tolist())
-            curves[run] = {"title": screen.made["title"], "unit": UNITS[screen.log_expression],
-                           "errors": {"largest": largest, "root mean square": squares}}
-    if not curves:
-        raise BadInput("no model that was not fine-tuned has predicted a screen; see sample.py")
-    caption = (f"Difference from the cells that {s.ode_reference} Dopri5 steps make of the same noise, by evaluations "
-               f"of the network (six a step, and one); {s.ode_tasks} validation tasks, {s.cells} cells. Largest of a "
-               "task's values and root mean square of them: mean, smallest and largest over tasks.")
-    return {"curves": curves, "steps": steps, "caption": caption}
+        if PRETRAINED in runs and (s.out / s.scale / "screens" / f"{name}-wide").is_dir():
+            found.append(Shown(f"{name}-wide", load_first(s, f"{name}-wide"), {PRETRAINED: runs[PRETRAINED]}))
+    if not found:
+        raise BadInput(f"no screen NAME-wide of a predicted screen NAME in {s.out / s.scale / 'screens'}; "
+                       "data.py --name NAME-wide with twice the --genes makes it")
+    return found
 
 
-def draw_ode(data: dict) -> matplotlib.figure.Figure:
-    """Both errors of each model on logarithmic axes."""
-    canvas, axes = panels(1, len(data["curves"]))
-    evaluations = [6 * n + 1 for n in data["steps"]]
-    for axis, curve in zip(axes.flat, data["curves"].values()):
-        for i, (name, values) in enumerate(curve["errors"].items()):
-            y = np.maximum(np.array(values), 1e-9)  # X P
-            mean = y.mean(axis=1)
-            ends = [mean - y.min(axis=1), y.max(axis=1) - mean]
-            axis.errorbar(evaluations, mean, ends, fmt=("s-", "o--")[i], color=("C3", "C0")[i], capsize=3, label=name)
-        axis.set(xscale="log", yscale="log", title=curve["title"], ylabel=f"difference [{curve['unit']}]")
-        axis.set_xlabel("evaluations of the network (steps)")
-        axis.set_xticks(evaluations, [f"{6 * n + 1}\n({n})" for n in data["steps"]])
-        axis.minorticks_off()
-    return canvas
+def values_of(s: Settings, what: str, screen: Screen, trained: int) -> list:
+    """The values of what varies, as far as there are experiments and cells."""
+    if what == "cells":
+        count = screen.count[(screen.split == TEST).any(axis=1)]
+        most = min(s.most_cells, int(count[count > 0].min()))
+        return sorted({min(most, max(2, round(multiple * trained))) for multiple in s.multiples})
+    return {"context": [k for k in s.contexts if k <= sample.most_experiments(screen)], "guidance": list(s.weights),
+            "steps": [n for n in s.ode_steps if n < s.ode_reference], "tta": [0, 1, 2]}[what]
+
+
+def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
+    """A panel for each screen and metric, a curve for each model."""
+    panels, evidence, sizes, sweep = [], [], [], SWEEPS[what]
+    if what == "steps":
+        s = dataclasses.replace(s, splits=1, draws=s.ode_tasks, systems=1, tasks=1)
+    if what == "tta":
+        s = dataclasses.replace(s, splits=1, draws=s.tta_draws)
+    for shown in wide_screens(s) if what == "tta" else chosen(s, s.screens):
+        models = {ROWS[row]: model_of(s, shown.name, run) for row, run in shown.runs.items()}
+        head, lines = next(iter(models.values()))[0], {}
+        if what == "guidance":
+            lines = {f"chosen: {label}": weight for label, (_, _, weight) in models.items()}
+        elif what in head:
+            lines = {"as in training": head[what]}
+        x, most = values_of(s, what, shown.screen, head["cells"]), sample.most_experiments(shown.screen)
+        if what != "context":
+            most = min(most, head["context"])
+        # The tasks have enough for the largest value; smaller ones get their first experiments and cells.
+        cells = max(s.cells, *x) if what == "cells" else s.cells
+        values = {}
+        for numbers, e in tqdm(units(s, shown.name, cells, most), unit="unit", desc=f"{what}: {shown.name}"):
+            for label, curve in unit_curves(s, what, x, shown, numbers, e).items():
+                values.setdefault(label, []).append(curve)
+        values = {label: np.array(curves) for label, curves in values.items()}  # U X M
+        title = f"{shown.screen.made['title']}, {len(shown.screen.genes)} genes"
+        sizes.append(f"{title} n = {len(curve)}")
+        for i, metric in enumerate(sweep.metrics):
+            curves = {label: array[..., i] for label, array in values.items()}
+            if np.isfinite(list(curves.values())).any():  # AUPRC of SCM values, or where no gene changes, is not
+                ticks = WAYS if what == "tta" else [f"{value:g}" for value in x]
+                panels.append(Panel(title, sweep.label, metric, sweep.log, x, ticks, curves, bool(lines), lines))
+        evidence += improvements(what, title, x, lines, values)
+    caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over held-out "
+               f"systems, splits and draws ({', '.join(sizes)})")
+    return panels, caption, evidence
 
 
 # ------------------------------------------------------------------------------------ coverage of the prior (Figure 6)
 
+BINS = {"log expression above 0": np.linspace(0, 7, 36), "log2 fold change against control": np.linspace(-5, 5, 51)}
 
-def densities(screen: Screen, systems: int | None = None) -> dict:
-    """Histograms of non-zero expression and of each treatment's fold change of each gene, in the first systems."""
+
+def values_of_screen(screen: Screen, systems: int | None = None) -> list[Float[np.ndarray, "n"]]:
+    """Expression of every gene in every cell, and every gene's fold change by every treatment."""
     cells, changes = [], []
     for s, t in np.argwhere(screen.count[:systems] > 0).tolist():
-        treated = screen.pool(s, t)
-        cells.append(treated.ravel())
+        cells.append(screen.pool(s, t).ravel())
         if t != CONTROL:
-            _, change = metrics.differential_expression(screen.pool(s, CONTROL)[None], treated[None])
+            _, change = metrics.differential_expression(screen.pool(s, CONTROL)[None], screen.pool(s, t)[None])
             changes.append(change[0])
-    cells, changes = np.concatenate(cells), np.concatenate(changes)
-    return {"title": screen.made["title"], "zeros": np.mean(cells == 0), "beyond": np.mean(np.abs(changes) > 5),
-            "small": np.mean(np.abs(changes) <= metrics.FOLD_CHANGE),
-            "expression": histogram(cells[cells > 0], np.linspace(0, 7, 36)),
-            "change": histogram(changes, np.linspace(-5, 5, 51))}
+    return [np.concatenate(cells), np.concatenate(changes)]
 
 
-def histogram(values: Float[np.ndarray, "n"], bins: Float[np.ndarray, "edges"]) -> dict:
-    """Density in each bin; values out of range count for the total."""
-    density = np.histogram(values, bins)[0] / max(1, len(values)) / np.diff(bins)
-    return {"bins": bins.round(6).tolist(), "density": density.tolist(), "n": len(values)}
-
-
-def compute_coverage(s: Settings) -> dict:
+def compute_coverage(s: Settings) -> tuple[list, str, list]:
     """The prior of the pre-trained model, and every screen of log-expression that was predicted."""
     found = [shown for shown in chosen(s, len(all_screens(s))) if shown.screen.log_expression]
     priors = [model_of(s, name, runs[PRETRAINED])[0]["screen"] for name, _, runs in found if PRETRAINED in runs]
     if not priors:
         raise BadInput(f"no predictions of {PRETRAINED} in {s.out / s.scale / 'samples'}; sample.py makes them")
-    prior = densities(load_first(s, priors[0]), s.grns)
-    screens, evidence = {}, []
-    for name, screen, _ in found:
-        screens[name] = densities(screen)
-        for what in ("expression", "change"):
-            mass = np.array(screens[name][what]["density"])
-            reached = np.array(prior[what]["density"]) > 0
-            evidence.append({"what": f"{screen.made['title']}, {what}: share in bins that the prior reaches",
-                             "difference": mass[reached].sum() / mass.sum(), "error": None,
-                             "n": screens[name][what]["n"]})
-    caption = (f"The prior (at most {s.grns} systems) and the screens: log expression of genes in single cells where "
-               "it is not zero (legend: share of zeros), and log2 fold change of each gene by each treatment (legend: "
-               f"share up to {metrics.FOLD_CHANGE}; beyond 5 a gene falls silent, or awakes).")
-    return {"prior": prior, "screens": screens, "caption": caption, "evidence": evidence}
-
-
-def draw_coverage(data: dict) -> matplotlib.figure.Figure:
-    """The prior as a grey area, screens as lines."""
-    canvas, axes = panels(1, 2, (5, 3.4))
-    expression, change = axes[0]
-    looks = [{"color": "0.8", "fill": True}]
-    for i in range(len(data["screens"])):
-        looks.append({"color": f"C{i}", "lw": 1.8, "ls": ("-", "--", ":")[i % 3]})
-    for look, d in zip(looks, [data["prior"], *data["screens"].values()]):
-        title, small, beyond = d["title"], f"{d['small']:.0%} up to ±0.2", f"{d['beyond']:.0%} beyond ±5"
-        for axis, values, label in ((expression, d["expression"], f"{title}: {d['zeros']:.0%} zeros"),
-                                    (change, d["change"], f"{title}: {small}, {beyond}")):
-            axis.stairs(values["density"], values["bins"], label=label, **look)
-    expression.set(xlabel="log expression, zeros left out", ylabel="density")
-    change.set(xlabel="log2 fold change against control", ylabel="density", yscale="log")
-    for axis, room, corner in ((expression, 1.25, "upper right"), (change, 6, "upper center")):
-        axis.set_ylim(top=axis.get_ylim()[1] * room)  # for the legend
-        axis.legend(frameon=False, fontsize=8, loc=corner)
-    return canvas
+    values = {"prior": values_of_screen(load_first(s, priors[0]), s.grns)}
+    for _, screen, _ in found:
+        values[screen.made["title"]] = values_of_screen(screen)
+    panels, evidence = [], []
+    for i, (what, bins) in enumerate(BINS.items()):
+        bars = {}
+        for title, both in values.items():
+            counts, _ = np.histogram(both[i][both[i] != 0], bins)
+            bars[f"{title}: {1 - counts.sum() / len(both[i]):.0%} 0 or outside"] = counts / len(both[i]) / np.diff(bins)
+            if title == "prior":
+                reached = counts > 0
+            else:
+                evidence.append({"what": f"{title}, {what}: share in bins that the prior reaches", "error": None,
+                                 "difference": counts[reached].sum() / counts.sum(), "n": int(counts.sum())})
+        panels.append(Panel("", what, "density", "y" * i, bins=bins, bars=bars))
+    caption = (f"The prior (at most {s.grns} systems) and the screens: expression of genes in single cells, and fold "
+               "change of each gene's mean by each treatment; the label says which share is 0 or out of range.")
+    return panels, caption, evidence
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage
 
-
-class Figure(NamedTuple):
-    """How a figure is made."""
-    title: str
-    compute: Callable[[Settings], dict]
-    draw: Callable[[dict], matplotlib.figure.Figure]
-
-
 FIGURES = {
-    "overview": Figure("Figure 1. A task on real cells", compute_overview, draw_overview),
-    "prediction": Figure("A prediction against the truth", compute_prediction, draw_prediction),
-    "split": Figure("Figure 4. Split as built", compute_split, draw_split),
-    "variance": Figure("Figure 2. Paired and unpaired prior", compute_variance, draw_variance),
-    "tta": Figure("Figure 3. Test-time augmentation", compute_tta, draw_tta),
-    "context": Figure("Figure 5a. More context experiments", partial(compute_sweep, what="context"), draw_sweep),
-    "cells": Figure("Figure 5b. More cells", partial(compute_sweep, what="cells"), draw_sweep),
-    "guidance": Figure("Guidance", partial(compute_sweep, what="guidance"), draw_sweep),
-    "ode": Figure("Error of the ODE solver", compute_ode, draw_ode),
-    "coverage": Figure("Figure 6. Coverage of the prior", compute_coverage, draw_coverage),
+    "overview": ("Figure 1. A task on real cells", compute_overview),
+    "prediction": ("A prediction against the truth", compute_prediction),
+    "split": ("Figure 4. Split as built", compute_split),
+    "variance": ("Figure 2. Paired and unpaired prior", compute_variance),
+    "tta": ("Figure 3. Test-time augmentation", compute_tta),
+    "context": ("Figure 5a. More context experiments", partial(compute_sweep, what="context")),
+    "cells": ("Figure 5b. More cells", partial(compute_sweep, what="cells")),
+    "guidance": ("Guidance", partial(compute_sweep, what="guidance")),
+    "ode": ("Error of the ODE solver", partial(compute_sweep, what="steps")),
+    "coverage": ("Figure 6. Coverage of the prior", compute_coverage),
 }
 
 
-def made_of(s: Settings) -> dict[str, dict]:
-    """Fingerprint of each screen, and the runs that have predicted it: if any changes, figures are computed again."""
-    return {shown.name: {"fingerprint": shown.screen.made["fingerprint"], "runs": shown.runs}
-            for shown in all_screens(s)}
-
-
-def finished(path: Path, settings: dict, screens: dict) -> bool:
-    """Whether the numbers are there, of these screens. Raises BadInput if they were made with other settings."""
-    if not path.is_file():
-        return False
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if "not_run" in document or document["screens"] != screens:
-        return False
-    scales.check_made(path, document["settings"], settings)
-    return True
-
-
-def write(figure: Figure, s: Settings, settings: dict, screens: dict, path: Path) -> None:
+def write(name: str, s: Settings, about: dict, path: Path) -> None:
     """Compute a figure and write its JSON; a missing input is written down as the reason why it was not run."""
-    start, document = time.perf_counter(), {"title": figure.title}
+    start, (title, compute) = time.perf_counter(), FIGURES[name]
     try:
-        data = figure.compute(s)
-        document |= {"caption": data.pop("caption"), "settings": settings, "screens": screens,
-                     "revision": scales.revision(), "seconds": round(time.perf_counter() - start, 1),
-                     "evidence": data.pop("evidence", []), "data": data}
+        panels, caption, evidence = compute(s)
+        document = about | {"title": title, "caption": caption, "revision": scales.revision(), "evidence": evidence,
+                            "seconds": round(time.perf_counter() - start, 1),
+                            "data": {"panels": [p._asdict() for p in panels]}}
     except BadInput as error:
-        document |= {"not_run": str(error)}
-    text = json.dumps(document, default=float)  # NumPy's scalars
+        document = {"title": title, "not_run": str(error)}
+    text = json.dumps(document, default=lambda array: array.tolist())
     document = json.loads(text, parse_constant=lambda nan: None)  # JSON has no NaN
     with scales.atomic(path) as temporary:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
-
-
-def draw(figure: Figure, document: dict, scale: str, path: Path) -> None:
-    """Draw a figure from the content of its JSON."""
-    canvas = figure.draw(document["data"])
-    small = f" ({scale} scale, not the paper's)" * (scale != "paper")
-    canvas.suptitle(document["title"] + small, fontsize=10)
-    for axis in canvas.axes:
-        handles, _ = axis.get_legend_handles_labels()
-        if handles and axis.get_legend() is None:
-            axis.legend(frameon=False, fontsize=7)
-    with scales.atomic(path) as temporary:
-        canvas.savefig(temporary, dpi=100, format="png")
-        with PIL.Image.open(temporary) as picture:  # 128 colours are enough, and a third of the size
-            picture.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
-    plt.close(canvas)
 
 
 def main() -> None:
@@ -885,18 +625,23 @@ def main() -> None:
     del settings["names"], settings["out"]
     print(f"figures.py {json.dumps(settings)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}; all take 1 minute at smoke, 6 at laptop scale on two cores", flush=True)
-    screens = made_of(s)
+    screens = {}  # if one of them or what has predicted it changes, figures are computed again
+    for name, screen, runs in all_screens(s):
+        screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs}
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
         picture = path.with_suffix(".png")
-        if not finished(path, settings, screens):
-            write(FIGURES[name], s, settings, screens, path)
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if document.get("screens") == screens:
+            scales.check_made(path, document["settings"], settings)
+        else:
+            write(name, s, {"settings": settings, "screens": screens}, path)
+            document = json.loads(path.read_text(encoding="utf-8"))
         if "not_run" in document:
             picture.unlink(missing_ok=True)  # of numbers that are gone
             print(f"{path}: not run: {document['not_run']}", flush=True)
         else:
-            draw(FIGURES[name], document, s.scale, picture)
+            draw(document, s.scale, picture)
             print(f"{picture}: its numbers took {document['seconds']} s", flush=True)
 
 

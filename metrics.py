@@ -21,10 +21,9 @@ every table. Departure from the paper, marked where it happens: D28.
     P conditions, that is pairs of a system and a treatment   N, M, L cells   D genes
 
 Two traps, both shown in `tests/test_metrics.py`. *W2 rewards shrinking*: with a few hundred cells in tens of genes,
-most of it is the distance between any two samples of one distribution, and cells pulled towards their mean score better
-than a fresh sample of the truth. Read it beside MMD and the variance error. *MR rewards fresh cells*: for the same
-reason, other control cells, left as they are, reach an MR of 0.93 on linear SCMs at the paper's size, and the source
-cells shifted by a small effect, exactly right, one near 0: it tells reused cells from new more than it tells effects.
+most of it is the distance between any two samples of one distribution; cells pulled towards their mean beat a fresh
+sample of the truth. Read it beside MMD and the variance error. *MR rewards fresh cells*: likewise, other control cells,
+as they are, reach 0.93 on linear SCMs at the paper's size, and source cells shifted by exactly a small effect near 0.
 """
 
 import functools
@@ -64,9 +63,6 @@ class Predictions(NamedTuple):
     meta: dict                               # screen, row, split, draw, seed, scale, revision, settings...
 
 
-# ---------------------------------------------------------------------------- distributions and moments (C.2, eq. 4-11)
-
-
 @functools.cache
 def _sinkhorn_divergence():
     """OTT's solver, compiled once per pair of shapes. Imported here since `import ott` alone takes several seconds."""
@@ -81,11 +77,8 @@ def _sinkhorn_divergence():
 
 
 def wasserstein(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
-    """The tables' "W2" (eq. 8): Sinkhorn divergence on squared Euclidean cost, in squared units of the data.
-
-    Symmetric, and zero for x = y, up to the solver's tolerance (about 1e-5 of the value). For cells many standard
-    deviations apart the solver stops at 2,000 iterations, which costs less than 1e-4 of the value.
-    """
+    """The tables' "W2" (eq. 8): Sinkhorn divergence on squared Euclidean cost, in squared units of the data. Zero for
+    x = y up to the solver's tolerance, about 1e-5; for cells many deviations apart its 2,000 iterations cost 1e-4."""
     # Paper: eq. 6 takes the square root of each transport cost; released code: OTT's divergence of the squared cost,
     # without a root; here as released, because only so do the tables' values come out.
     divergence = _sinkhorn_divergence()
@@ -102,11 +95,8 @@ def mean_kernel(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> flo
 
 
 def mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
-    """Squared maximum mean discrepancy (eq. 9), Gaussian kernel, mean over five length scales.
-
-    The expectations include each cell's kernel with itself (V-statistic): never negative, zero for x = y, but positive,
-    at most 1/N + 1/M, in expectation over two samples of one distribution.
-    """
+    """Squared maximum mean discrepancy (eq. 9), Gaussian kernel, mean over five length scales. Includes each cell's
+    kernel with itself (V-statistic): zero for x = y, but up to 1/N + 1/M for two samples of one distribution."""
     return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
 
 
@@ -125,20 +115,16 @@ def variance_rmse(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> f
 def magnitude_ratio(controls: Float[np.ndarray, "N D"], true: Float[np.ndarray, "M D"],
                     predicted: Float[np.ndarray, "L D"]) -> float:
     """MR (eq. 4): how far the prediction is from the control cells, over how far the truth is; NaN if that is zero.
-
-    1 for a perfect prediction (and for many others); 0 only for the control cells themselves.
-    """
+    1 for a perfect prediction (and for many others); 0 only for the control cells themselves."""
     effect = wasserstein(controls, true)
     if effect <= 0:
         return float("nan")
     return wasserstein(controls, predicted) / effect
 
 
-# ----------------------------------------------------------------------------------------- discrimination (C.2, eq. 12)
-
-
 def pds_ranks(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"]) -> Float[np.ndarray, "P"]:
-    """For each prediction, the share of the *other* true means that are as close to it as its own; NaN if P = 1."""
+    """PDS (eq. 12) of each prediction: the share of the *other* true means that are as close to it as its own, NaN if
+    P = 1. 0 perfect, 1 worst; one prediction for all treatments has a mean of 1/2."""
     others = len(true) - 1
     if others == 0:
         return np.full(1, np.nan)
@@ -151,7 +137,7 @@ def pds_ranks(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P 
 
 
 def pds(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"]) -> float:
-    """Perturbation discrimination score (eq. 12): 0 perfect, 1 worst, 1/2 for one prediction for all treatments."""
+    """Perturbation discrimination score: the mean of these ranks."""
     return float(pds_ranks(true, predicted).mean())
 
 
@@ -168,10 +154,8 @@ def level(cells: Float[np.ndarray, "P N D"]) -> Float[np.ndarray, "P D"]:
 
 def differential_expression(controls: Float[np.ndarray, "P N D"], treated: Float[np.ndarray, "P M D"],
                             ) -> tuple[Float[np.ndarray, "P D"], Float[np.ndarray, "P D"]]:
-    """Adjusted p-values and log2 fold changes of treated against control cells, natural log1p data.
-
-    Equal to `scanpy.tl.rank_genes_groups(method="wilcoxon")` up to rounding (a test says so), and many times faster.
-    """
+    """Adjusted p-values and log2 fold changes of treated against control cells, natural log1p data: as from
+    `scanpy.tl.rank_genes_groups(method="wilcoxon")` up to rounding (a test says so), and many times faster."""
     # Paper: a Wilcoxon rank-sum test; released code: scanpy's, which by default does not correct the variance for
     # ties; here as released, because the tables are. Equal zeros are ties: sparse genes get too large a p.
     n, m = treated.shape[1], controls.shape[1]
@@ -197,9 +181,8 @@ def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
               predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"] | None = None) -> dict:
     """Area under the precision-recall curve for finding differentially expressed genes (C.2); log-expression data only.
 
-    Returns `auprc`; `base_rate`, the area of a random ranking; `target_only`, that of a predictor that scores only the
-    treated gene (NaN without `treatments`); `n_degs`, how many of the P D genes are to be found; `note`, empty unless
-    there are none of them: then both areas are NaN.
+    Returns `auprc`; `base_rate`, that of a random ranking; `target_only`, that of a ranking by "is treated" (NaN
+    without `treatments`); `n_degs`, how many genes are to be found; `note`: why both areas are NaN if there are none.
     """
     p, fold_change = differential_expression(controls, true)
     truth = (p < P_VALUE) & (np.abs(fold_change) > FOLD_CHANGE)  # Z, P D
@@ -213,9 +196,6 @@ def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
         note = "no gene is differentially expressed in truth: AUPRC is undefined"
     return {"auprc": precision_recall_area(truth, score), "base_rate": float(truth.mean()),
             "target_only": target_only, "n_degs": int(truth.sum()), "note": note}
-
-
-# ------------------------------------------------------------------------------------------------------ all of them
 
 
 def each(distance: Callable) -> Callable:
@@ -277,11 +257,8 @@ def defined(value):
 
 
 def evaluate(p: Predictions) -> dict:
-    """Every metric: its number under its name, and under `conditions` its P values where it has them; for JSON.
-
-    None stands for what is not defined: MR without an effect, PDS without a rival, AUPRC without differentially
-    expressed genes or on data that are not log-expression. Means are over the conditions that remain.
-    """
+    """For JSON, every metric: its number under its name, and under `conditions` its P values where it has them. None
+    stands for what is not defined; means are over the conditions that remain."""
     numbers, conditions = {}, {}
     for name, metric in METRICS.items():
         found = metric.compute(p)
@@ -348,9 +325,6 @@ def finished(path: str | Path, settings: dict) -> bool:
         return False
     scales.check_made(path, load_predictions(path).meta.get("settings", {}), settings)
     return True
-
-
-# --------------------------------------------------------------------------------------------------------- the stage
 
 
 @dataclass(frozen=True)

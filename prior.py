@@ -11,8 +11,8 @@ training systems, then systems held out for validation, then systems held out fo
     python prior.py grn --scale paper --num-shards 100 --shard $SLURM_ARRAY_TASK_ID    a share of them in each job of
                                                          a cluster array; the line above then finishes the screen
 
-Until the screen is written every GRN has a file in `screens/.<name>-shards/`: a run that was killed goes on from there
-when it is started again. A system depends on the seed and its own number only. Departures: D10, D19.
+A system depends on the seed and its own number only. Until the screen is written every GRN has a file in
+`screens/.<name>-shards/`, from which a run that was killed goes on. Departures: D10, D19.
 
     paper       name here        shape   meaning
     W           w                D D     w[k, j]: linear effect of parent j on child k, 0 without an edge
@@ -20,18 +20,14 @@ when it is started again. A system depends on the seed and its own number only. 
     epsilon     noise            N D     standard normal noise
     c           values           S D     values[s, t]: what do(t) sets node t of system s to
                 parents          D D     parents[k, j]: gene j regulates gene k (row: target, as in W)
-    k, gamma, lambda, zeta, ...          see `Network`
 
     S systems (one graph each)   T = D + 1 treatments, control first   N cells   D nodes or genes
 """
 
-import dataclasses
-import functools
 import json
 import multiprocessing
 import os
 import shutil
-import tempfile
 import threading
 import time
 import zipfile
@@ -84,16 +80,9 @@ def parts(s: Settings) -> Int[np.ndarray, "S"]:
     return np.repeat([TRAIN, VALIDATION, TEST], [s.systems, s.validation, s.test])
 
 
-def populations(s: Settings) -> Int[np.ndarray, "S"]:
-    """Cells N of each condition of a system."""
-    return np.where(parts(s) == TRAIN, s.population, s.test_population)
-
-
 def uses(rng: np.random.Generator, count: Int[np.ndarray, "S T"], part: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S T"]:
-    """What each condition is used for (tasks.USES). `part` is TRAIN, VALIDATION or TEST for each system (see `parts`).
-
-    In a held-out system half of the measured treatments are to be predicted; control and the others are known (B.4).
-    """
+    """What each condition is used for (tasks.USES), in systems that are drawn for `part`. In a held-out system half of
+    the measured treatments are to be predicted; control and the others are known (B.4)."""
     # [D10] paper: one held-out context; released code: one graph, half of whose treatments are trained on; here:
     # several systems, none of whose conditions are, which is a harder question with a less noisy answer.
     split = np.full(count.shape, TRAIN)
@@ -108,11 +97,8 @@ def uses(rng: np.random.Generator, count: Int[np.ndarray, "S T"], part: Int[np.n
 
 def write(s: Settings, folder: Path, blocks: Iterable[Float[np.ndarray, "n D"]], count: Int[np.ndarray, "S T"],
           values: Float[np.ndarray, "S D"], part: Int[np.ndarray, "S"], log_expression: bool, made: dict) -> None:
-    """Write the cells of a prior as a screen in which treatment 1 + t acts on node t: all that a new prior has to call.
-
-    `blocks` and `count` are those of tasks.write_screen, `values` the do-values, or 1 for a knock-out (B.1), `part` as
-    in `uses`; `made` has a title and the section of scales.TABLE.
-    """
+    """Write a screen in which treatment 1 + t acts on node t: all that a new prior has to call. `values`: do-values,
+    or 1 for a knock-out (B.1); `part`: see `parts`; `made`: title, and section of scales.TABLE; the rest: tasks.py."""
     systems, genes = values.shape
     treatments = np.zeros((systems, 1 + genes, genes), np.float32)
     for t in range(genes):
@@ -124,25 +110,15 @@ def write(s: Settings, folder: Path, blocks: Iterable[Float[np.ndarray, "n D"]],
     print(f"{folder}: finished")
 
 
-def announce(job, numbers: list[int], processes: int = 1) -> None:
-    """Say how long `job` will take for all these systems, having tried the first."""
-    start = time.perf_counter()
-    job(numbers[0])
-    minutes = (time.perf_counter() - start) * len(numbers) / processes / 60
-    print(f"{len(numbers)} systems: about {minutes:.1f} minutes, {processes} at a time", flush=True)
-
-
 # --------------------------------------------------------------------------- linear structural causal models (B.1)
 
 
 def sample_dag(rng: np.random.Generator, genes: int, edge_probability: float = 0.5) -> Float[np.ndarray, "D D"]:
     """Weights W of an Erdos-Renyi DAG, w[k, j] != 0 only if j is a parent of k (B.1).
 
-    The paper's "random node permutation" of a triangular matrix is drawn here as each node's place in the causal
-    order. W <- D^(-1/2) W divides a node's incoming weights by the standard deviation it had, but not its noise, so
-    that values no longer grow along the order. Variances end up at 1 or above (median 1.06, 99% below 2.04): the data
-    still have to be divided by their standard deviation, in `standardise`.
-    """
+    The paper's "random node permutation" is drawn as each node's place in the causal order. W <- D^(-1/2) W scales a
+    node's incoming weights but not its noise: values no longer grow along the order, but variances are 1 or above
+    (median 1.06, 99% below 2.04), so that the data still need `standardise`."""
     shape = genes, genes
     place = rng.permutation(genes)
     earlier = place[None, :] < place[:, None]  # [k, j]: j comes before k
@@ -176,9 +152,7 @@ def simulate_linear(rng: np.random.Generator, w: Float[np.ndarray, "D D"], value
 
 def standardise(cells: Float[np.ndarray, "... N D"]) -> Float[np.ndarray, "... N D"]:
     """Each population's variables at unit variance, within [-10, 10] (B.1; Reisach et al., 2021, on varsortability).
-
-    The mean is kept (it carries the effect); so is a variable without variance, which is the intervened one.
-    """
+    The mean is kept (it carries the effect); so is the intervened variable, which has no variance."""
     # Paper: "we scale all variables of the generated data to unit variance"; released code: each condition by
     # itself; here: as released, since it gives the reference rows of Table 2. It erases the change of variance that
     # an intervention causes: only means and correlations are left to predict.
@@ -187,25 +161,23 @@ def standardise(cells: Float[np.ndarray, "... N D"]) -> Float[np.ndarray, "... N
     return np.clip(cells / sd, -10, 10)
 
 
-def linear_system(s: Settings, values: Float[np.ndarray, "S D"], number: int) -> Float[np.ndarray, "rows D"]:
-    """All cells of one random graph."""
-    rng = scales.generator("prior", s.seed, number)
-    w = sample_dag(rng, s.genes)
-    cells = simulate_linear(rng, w, values[number], int(populations(s)[number]))
-    return standardise(cells).reshape(-1, s.genes)
-
-
 def make_linear(s: Settings, folder: Path) -> None:
     """Write the screen of linear SCMs, one graph at a time."""
-    numbers = range(len(parts(s)))
+    part = parts(s)
+    cells = np.where(part == TRAIN, s.population, s.test_population)
     rng = scales.generator("prior", s.seed)
-    values = rng.uniform(0.5, 1.5, (len(numbers), s.genes)).astype(np.float32)
-    count = np.repeat(populations(s)[:, None], 1 + s.genes, axis=1)
-    job = functools.partial(linear_system, s, values)
-    announce(job, list(numbers))
-    blocks = map(job, tqdm(numbers, unit=" graphs"))
+    values = rng.uniform(0.5, 1.5, (len(part), s.genes)).astype(np.float32)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for number in tqdm(range(len(part)), unit=" graphs"):
+            rng = scales.generator("prior", s.seed, number)
+            w = sample_dag(rng, s.genes)
+            simulated = simulate_linear(rng, w, values[number], int(cells[number]))
+            yield standardise(simulated).reshape(-1, s.genes)
+
+    count = np.repeat(cells[:, None], 1 + s.genes, axis=1)
     made = {"title": "Linear SCMs", "section": s.what, "paper": "linear"}
-    write(s, folder, blocks, count, values, parts(s), False, made)
+    write(s, folder, blocks(), count, values, part, False, made)
 
 
 # -------------------------------------------------------------------- graphs of gene regulatory networks (B.2, Table 5)
@@ -218,9 +190,7 @@ def pick(rng: np.random.Generator, weights: Float[np.ndarray, "n"]) -> int:
 
 def grow_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
     """Directed scale-free graph in groups, by preferential attachment; cycles allowed (Aguirre et al., 2025; Table 5).
-
-    Genes that regulate many others get more targets; that in-degrees stay even is the work of a large delta_in.
-    """
+    Genes that regulate many others get more targets; that in-degrees stay even is the work of a large delta_in."""
     group = rng.integers(rng.integers(1, 4), size=genes)  # k in {1, 2, 3} groups
     sparsity = rng.uniform(1.5, 3.0)  # p: edges that are tried per gene
     delta_in, delta_out = rng.uniform(10, 300), rng.uniform(1, 30)  # the larger, the more even the degrees
@@ -248,10 +218,8 @@ def grow_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
 def cut_cycles(rng: np.random.Generator, parents: Bool[np.ndarray, "D D"]) -> Bool[np.ndarray, "D D"]:
     """Remove the weakest edge of *every* cycle of `parents`, without listing the cycles: there may be millions.
 
-    An edge j -> k is the weakest of some cycle exactly if stronger edges lead from k back to j. So take the edges from
-    the strongest to the weakest and keep track of who reaches whom. (Removing one edge at a time until no cycle is
-    left keeps more edges, 79 instead of 71 of 50 genes, and does not give the released generator's statistics.)
-    """
+    An edge j -> k is the weakest of some cycle exactly if stronger edges lead from k back to j. (Removing edges only
+    until no cycle is left keeps 79 instead of 71 of 50 genes, and misses the released generator's statistics.)"""
     # Paper: "the edge with the smallest absolute weight"; released code: weights N(0, 1) that serve for nothing
     # else (the strengths are drawn anew); here: no weights but a random order, which is all that matters.
     kept = parents.copy()
@@ -265,7 +233,7 @@ def cut_cycles(rng: np.random.Generator, parents: Bool[np.ndarray, "D D"]) -> Bo
 def sample_grn_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
     """parents[k, j]: gene j regulates gene k. Acyclic, every gene has an edge, at least one is a master regulator."""
     # Paper, released code: if no master regulator is left, 5% of the genes are made into some; here: not written,
-    # because it cannot happen: walking up from any edge of a graph without cycles ends at one.
+    # because it cannot happen in a graph without cycles.
     parents = cut_cycles(rng, grow_graph(rng, genes))
     shuffled = rng.permutation(genes)  # early genes become hubs: a gene's number must not tell its age
     return parents[np.ix_(shuffled, shuffled)]
@@ -306,16 +274,16 @@ def sample_network(rng: np.random.Generator, genes: int) -> Network:
 
 
 def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: int, simulation_seed: int,
-                       technical_seed: int) -> Integer[np.ndarray, "N D"] | None:
-    """Counts of one condition, control or the knock-out of gene `treatment` - 1; None if the simulator refuses it.
+                       technical_seed: int) -> Integer[np.ndarray, "n D"]:
+    """Counts of control, or of the knock-out of gene `treatment` - 1: N = `cells`, or none if the simulator refuses.
 
-    Cells are `cells` random moments of *one* trajectory of 150 + 10 * `cells` Euler steps of dt = 0.01: far from
-    independent, 200 of them are worth about 8. What a knock-out does in sergio-rs 0.2.3, found by running it:
+    Cells are random moments of *one* trajectory of 150 + 10 N Euler steps of dt = 0.01: 200 of them are worth about 8
+    independent ones. What a knock-out does in sergio-rs 0.2.3, found by running it:
     - Half-responses are set at the steady state of the network at hand, where every Hill term is then 1/2. So the mean
       of a gene is the sum of its strengths over 2 lambda, and a knock-out moves its direct targets only.
     - A target that loses its only regulator becomes a master regulator, with a random production rate.
-    - `ko_perturbation` also edits the network that it is called on. Hence a new network for every condition.
-    """
+    - `ko_perturbation` also edits the network that it is called on. Hence a new network for every condition."""
+    refused = np.zeros((0, len(network.decay)), np.uint32)
     names = [f"{k:04}" for k in range(len(network.decay))]  # sergio-rs sorts genes by name
     genes = [sergio_rs.Gene(name, decay) for name, decay in zip(names, network.decay)]
     grn = sergio_rs.GRN()
@@ -331,27 +299,26 @@ def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: 
     except BaseException as panic:  # a Rust panic is no Exception; let an interrupt, and all else, through
         if type(panic).__name__ != "PanicException":
             raise
-        return None
+        return refused
     present = [int(name) for name in frame.drop_in_place("Genes")]  # all but the knocked-out one
     expression = np.zeros((len(genes), cells))
     expression[present] = frame.to_numpy()
     # Released code: drops a condition when any gene is never expressed; the paper does not say; here: the same
     # before technical noise, and the knocked-out gene is excused. After it, one in six would go.
     if not (expression[present].max(axis=1) > 0).all():  # not above zero: zero, or not a number
-        return None
+        return refused
     counts = sergio_rs.add_technical_noise_custom(  # zeros stay in place to keep the random streams aligned
         expression, network.outlier, *network.library, 8.0, network.dropout, technical_seed)
     return counts.T.astype(np.uint32)
 
 
 def simulate_grn(seed: int, genes: int, population: int, unpaired: bool,
-                 index: int) -> tuple[Network, list[Integer[np.ndarray, "N D"] | None]]:
-    """GRN number `index` and the counts of its control and of the knock-out of each gene; None: refused.
+                 index: int) -> tuple[Network, list[Integer[np.ndarray, "_ D"]]]:
+    """GRN number `index` and the counts of its control and of the knock-out of each gene, without cells if refused.
 
     Paired: "keeping the random seed of SERGIO constant across treatments" (6). In sergio-rs the knock-outs of a GRN
-    then share their noise with each other, though not with control: the noise of all genes is drawn as one matrix,
-    which lacks a row after a knock-out. Genes numbered between the two that are knocked out trade rows as well.
-    """
+    then share their noise, but not with control: the noise of all genes is one matrix, which lacks a row after a
+    knock-out. Genes numbered between the two that are knocked out trade rows as well."""
     rng = scales.generator("prior", seed, index)
     network = sample_network(rng, genes)
     rate_seed = int(rng.integers(2**63))
@@ -361,8 +328,8 @@ def simulate_grn(seed: int, genes: int, population: int, unpaired: bool,
     counts = []
     for treatment, seeds in enumerate(noise_seeds.tolist()):
         counts.append(simulate_condition(network, treatment, population, rate_seed, *seeds))
-    if counts[CONTROL] is None:  # without control cells no task can be made of a GRN, so that all of it is refused
-        counts = [None] * len(counts)
+    if not len(counts[CONTROL]):  # no task can be made of a GRN without control cells: all of it is refused
+        counts = [counts[CONTROL]] * len(counts)
     return network, counts
 
 
@@ -377,34 +344,29 @@ def grn_path(s: Settings, number: int) -> Path:
 
 def write_grn(s: Settings, number: int) -> None:
     """Simulate one GRN and keep its raw counts."""
-    population = int(populations(s)[number])
+    population = s.population if number < s.systems else s.test_population
     _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number)
-    count = np.zeros(1 + s.genes, int)
-    cells = [np.zeros((0, s.genes), np.uint32)]
-    for treatment, counts in enumerate(conditions):
-        if counts is not None:
-            count[treatment] = len(counts)
-            cells.append(counts)
-    cells = np.concatenate(cells)
+    count = list(map(len, conditions))
+    cells = np.concatenate(conditions)
     cells = cells.astype(np.min_scalar_type(cells.max(initial=0)))  # most counts fit in one or two bytes
     with scales.atomic(grn_path(s, number)) as temporary:
         np.savez_compressed(temporary, settings=json.dumps(content(s)), count=count, cells=cells)
 
 
-def read_grn(s: Settings, number: int, name: str) -> np.ndarray:
-    """`count` [T] or `cells` [rows D] of a GRN. Raises BadInput if the file is something else, or of other settings."""
+def read_grn(s: Settings, number: int) -> tuple[Int[np.ndarray, "T"], Integer[np.ndarray, "rows D"]]:
+    """Numbers of cells, and the cells, of a GRN. Raises BadInput if the file is damaged or of other settings."""
     path = grn_path(s, number)
     try:
         with np.load(path) as file:
-            settings, array = json.loads(str(file["settings"])), file[name]
+            settings, count, cells = json.loads(str(file["settings"])), file["count"], file["cells"]
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: not a readable GRN ({error}); delete it and start again") from None
     scales.check_made(path, settings, content(s))
-    return array
+    return count, cells
 
 
 def die_with_parent() -> None:
-    """Run in each worker: end it when the main process is gone, even if that was killed without a chance to say so."""
+    """Run in each worker: end it when the main process is gone, even if that was killed."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -420,53 +382,49 @@ def normalise(counts: Integer[np.ndarray, "n D"], median: float) -> Float[np.nda
     return np.log1p(counts.astype(np.float32) * factor)
 
 
-def collect(s: Settings, folder: Path) -> None:
-    """Write the screen from the files of all GRNs, and remove these. A GRN without control is left out."""
-    count, totals = [], []
-    for number in range(len(parts(s))):
-        count.append(read_grn(s, number, "count"))
-        totals.append(read_grn(s, number, "cells").sum(axis=1))
-    count = np.stack(count)  # S T
-    median = float(np.median(np.maximum(np.concatenate(totals), 1)))  # over all cells of the prior
-    kept = np.flatnonzero(count[:, CONTROL])
-    print(f"{(count > 0).sum()} conditions, {(count == 0).sum()} refused by the simulator")
-
-    def blocks() -> Iterator[np.ndarray]:
-        for number in tqdm(kept.tolist(), "screen", unit=" GRNs"):
-            yield normalise(read_grn(s, number, "cells"), median)
-
-    values = np.ones((len(kept), s.genes), np.float32)  # a knock-out is 1 in the one-hot
-    title = "Gene regulatory networks (SERGIO)" + ", unpaired" * s.unpaired
-    made = {"title": title, "section": s.what}
-    write(s, folder, blocks(), count[kept], values, parts(s)[kept], True, made)
-    shutil.rmtree(grn_path(s, 0).parent)
-
-
 def make_grn(s: Settings, folder: Path) -> None:
-    """Simulate the GRNs that are not there yet; if all were asked for, write the screen."""
-    numbers = range(len(parts(s)))
+    """Simulate the GRNs that are not there yet; if all were asked for, write the screen in place of their files."""
+    part = parts(s)
+    numbers = range(len(part))
     if s.shard >= 0:
         numbers = numbers[s.shard :: s.num_shards]
     todo = []
     for number in numbers:
         if grn_path(s, number).exists():
-            read_grn(s, number, "count")  # complains before the long work if the file is of no use
+            read_grn(s, number)  # complains before the long work if the file is of no use
         else:
             todo.append(number)
-    if todo:
-        job = functools.partial(write_grn, s)
-        announce(job, todo, s.workers)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(s.workers, spawn, initializer=die_with_parent) as pool:
-            for _ in tqdm(pool.map(job, todo[1:]), initial=1, total=len(todo), unit=" GRNs", smoothing=0):
-                pass
-    if s.shard < 0:
-        collect(s, folder)
+    if todo:  # the first tells how long all take
+        start = time.perf_counter()
+        write_grn(s, todo.pop(0))
+        minutes = (time.perf_counter() - start) * len(todo) / s.workers / 60
+        print(f"{1 + len(todo)} GRNs of {1 + s.genes} conditions: about {minutes:.1f} minutes on {s.workers} processes",
+              flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(s.workers, spawn, initializer=die_with_parent) as pool:
+        done = pool.map(write_grn, [s] * len(todo), todo)
+        for _ in tqdm(done, total=len(todo), unit=" GRNs", smoothing=0):
+            pass
+    if s.shard >= 0:
+        return
 
+    count = np.zeros((len(part), 1 + s.genes), int)
+    totals = []
+    for number in numbers:
+        count[number], cells = read_grn(s, number)
+        totals.append(cells.sum(axis=1))
+    median = float(np.median(np.maximum(np.concatenate(totals), 1)))  # over all cells of the prior
+    kept = np.flatnonzero(count[:, CONTROL])  # a GRN without control is left out
+    print(f"{(count > 0).sum()} conditions, {(count == 0).sum()} refused by the simulator")
 
-# ------------------------------------------------------------------------------------------------------------ running
+    def blocks() -> Iterator[np.ndarray]:
+        for number in tqdm(kept.tolist(), "screen", unit=" GRNs"):
+            yield normalise(read_grn(s, number)[1], median)
 
-PRIORS = {"linear": make_linear, "grn": make_grn}
+    values = np.ones((len(kept), s.genes), np.float32)  # a knock-out is 1 in the one-hot
+    made = {"title": "Gene regulatory networks (SERGIO)" + ", unpaired" * s.unpaired, "section": s.what}
+    write(s, folder, blocks(), count[kept], values, part[kept], True, made)
+    shutil.rmtree(grn_path(s, 0).parent)
 
 
 def screen_folder(s: Settings) -> Path:
@@ -477,9 +435,9 @@ def screen_folder(s: Settings) -> Path:
 
 def content(s: Settings) -> dict:
     """The settings that the screen depends on."""
-    settings = dataclasses.asdict(s)
+    settings = dict(vars(s))
     for name in ("scale", "name", "out", "workers", "num_shards", "shard"):
-        settings.pop(name, None)
+        del settings[name]
     return settings
 
 
@@ -506,10 +464,12 @@ def main() -> None:
         shutil.rmtree(grn_path(s, 0).parent, ignore_errors=True)  # a run may have been killed just before it did so
         print(f"{folder}: finished, skipped")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder.parent):  # an OSError now, not after the work, if nothing can be written
-        print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}")
-    PRIORS[s.what](s, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)  # an OSError now, not after the work, if there is no place
+    print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}", flush=True)
+    if s.what == "linear":
+        make_linear(s, folder)
+    else:
+        make_grn(s, folder)
 
 
 if __name__ == "__main__":

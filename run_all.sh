@@ -16,12 +16,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 fail() { echo "error: $*" >&2; exit 2; }
 DEVICE=${DEVICE:-$(if nvidia-smi >/dev/null 2>&1; then echo cuda12; else echo cpu; fi)}
 case "$DEVICE" in cpu) SCALE=laptop; export JAX_PLATFORMS=cpu ;; cuda12|cuda13) SCALE=paper ;; *) fail "DEVICE=$DEVICE: expected cpu, cuda12 or cuda13" ;; esac
-OUT=out FILES=()
+OUT=out LEUKEMIA='' MELANOMA='' OWN=()
 while [ $# -gt 0 ]; do
   case "$1" in
     smoke|laptop|paper|test) SCALE=$1 ;;
     --leukemia|--melanoma|--screen) [ -f "${2:-}" ] || fail "$1 ${2:-}: no such file; give the path of an .h5ad file"
-      FILES+=("${1#--}=$(realpath "$2")"); shift ;;
+      case "$1" in --leukemia) LEUKEMIA=$2 ;; --melanoma) MELANOMA=$2 ;; *) OWN+=("$2") ;; esac
+      shift ;;
     --out) OUT=${2:?--out needs a folder}; shift ;;
     -h|--help) sed -n '2,15s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
     *) fail "unknown word '$1'; --help shows what there is" ;;
@@ -72,32 +73,24 @@ prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes
     stage "data: $name-wide" data.py --name "$name-wide" "$@" --splits 1 --genes $((2 * GENES)) "${TO[@]}" || exit 1
   else
     cat "$note" >&2
-    [[ "$*" != *--h5ad* ]] || exit 1  # a file that was given has to be usable
+    [[ "$*" != *--h5ad* ]] || exit 1  # a file that was given has to be usable; tables tell why a download is missing
   fi
 }
 [ "$SCALE" != smoke ] || prepare toy --dataset toy
-for name in leukemia melanoma; do
-  file=()
-  for given in ${FILES[@]+"${FILES[@]}"}; do [ "${given%%=*}" != $name ] || file=(--h5ad "${given#*=}"); done
-  if [ "$SCALE" = smoke ] && [ ${#file[@]} = 0 ]; then
-    mkdir -p "$ROOT/screens/$name"
-    echo "no file was given, and the smoke scale downloads nothing" > "$ROOT/screens/$name/not-run.txt"
-  else
-    prepare $name --dataset $name ${file[@]+"${file[@]}"}
+if [ -n "$LEUKEMIA" ] || [ "$SCALE" != smoke ]; then
+  prepare leukemia --dataset leukemia ${LEUKEMIA:+--h5ad "$LEUKEMIA"}
+  # Its replicates as systems, where the file tells them apart: several systems of real cells (B.4), for the simple rows.
+  if [ -d "$ROOT/screens/leukemia/split-0" ] && "$PY" data.py --dataset leukemia --name replicates --system-col replicate \
+      ${LEUKEMIA:+--h5ad "$LEUKEMIA"} --min-cells $((MIN_CELLS / 2)) "${TO[@]}"; then
+    stage "baselines: replicates" -m baselines --screen replicates "${TO[@]}" --methods identity target-only system-mean \
+      additive target-gene bilinear-ridge constant-mean observed oracle
   fi
-done
-for given in ${FILES[@]+"${FILES[@]}"}; do
-  name=$(basename "${given#*=}" .h5ad)
-  [ "${given%%=*}" != screen ] || prepare "$name" --h5ad "${given#*=}"
-done
-# Leukemia's replicates as systems, where the file tells them apart: several systems of real cells (B.4), for the simple rows.
-SIMPLE=(identity target-only system-mean additive target-gene bilinear-ridge constant-mean observed oracle)
-for given in ${FILES[@]+"${FILES[@]}"}; do
-  [ "${given%%=*}" = leukemia ] || continue
-  if "$PY" data.py --dataset leukemia --name replicates --system-col replicate --h5ad "${given#*=}" \
-      --min-cells $((MIN_CELLS / 2)) "${TO[@]}"; then
-    stage "baselines: replicates" -m baselines --screen replicates --methods "${SIMPLE[@]}" "${TO[@]}"
-  fi
+fi
+if [ -n "$MELANOMA" ] || [ "$SCALE" != smoke ]; then
+  prepare melanoma --dataset melanoma ${MELANOMA:+--h5ad "$MELANOMA"}
+fi
+for file in ${OWN[@]+"${OWN[@]}"}; do
+  prepare "$(basename "$file" .h5ad)" --h5ad "$file"
 done
 
 LINEAR=() SNAPSHOTS=$(at grn snapshots 25)

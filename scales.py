@@ -89,7 +89,6 @@ TABLE = {
         "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # of guidance
         "tta_draws":             (2,          3),            # Figure 3: draws of cells
         "snapshot_tasks":        (2,          6),            # Figure 2: tasks of each snapshot
-        "smoothing":             (0.5,      0.5),            # Figure 2: alpha of the moving average
         "ode_steps":             ((5, 10), (5, 10, 20, 50)),
         "ode_reference":         (20,       100),
         "ode_tasks":             (2,          2),

@@ -15,7 +15,9 @@ Departures that the tables inherit: D10, D28, D32, D33.
 import importlib.metadata
 import json
 import platform
+import re
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,57 +29,49 @@ from scales import BadInput
 
 # The paper's numbers: data set -> row -> mean and standard deviation for each of PAPER_COLUMNS.
 PAPER = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
-PAPER_COLUMNS = tuple(PAPER.pop("columns"))
-SOURCE = PAPER.pop("source")
-PAPER_TITLES = {
-    "linear": "Table 2. Linear SCMs",
-    "leukemia": "Table 3. Leukemia (Papalexi et al., 2021)",
-    "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)",
-}
+PAPER_COLUMNS, SOURCE = tuple(PAPER.pop("columns")), PAPER.pop("source")
+PAPER_TITLES = {"linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia (Papalexi et al., 2021)",
+                "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)"}
 ROWS = {  # in the order of the tables
     "cpa": "CPA", "condot": "CondOT", "mfm": "MFM", "cellflow": "CellFlow", "state": "STATE",
-    "condot-released": "CondOT, random init",
-    "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)", "mappfn-pretrained": "MapPFN (pre-trained)",
-    "mappfn-finetuned": "MapPFN (fine-tuned)", "identity": "Identity", "observed": "Observed",
-    "oracle": "Fresh oracle", "target-only": "Target only", "system-mean": "System mean effect",
-    "additive": "Additive", "target-gene": "Target gene", "bilinear-ridge": "Bilinear ridge",
-    "constant-mean": "Constant mean",
+    "condot-released": "CondOT, random init", "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)",
+    "mappfn-pretrained": "MapPFN (pre-trained)", "mappfn-finetuned": "MapPFN (fine-tuned)",
+    "mappfn-unpaired": "– paired prior", "mappfn-no-context": "– interventional context",
+    "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
+    "target-only": "Target only", "system-mean": "System mean effect", "additive": "Additive",
+    "target-gene": "Target gene", "bilinear-ridge": "Bilinear ridge", "constant-mean": "Constant mean",
 }
-ABLATED = {"mappfn-unpaired": "– paired prior", "mappfn-no-context": "– interventional context"}  # Table 4 only
+ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
 PUBLISHED = ("cpa", "condot", "mfm", "cellflow", "state")
 # What a trained row has to beat. Not "constant-mean", which is no set of cells.
 SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
-INPUTS = {  # Table 1
-    "treatment": "treatment",
-    "system": "number of the system",
-    "controls": "control population (observational)",
-    "context experiments": "context experiments (interventional)",
-}
-# The claims of section 6. Number, statement, screen (one of the paper's, or "real": the first of log-expression data
-# that has the row), row, rivals, metrics: the row is held against the best of its rivals.
+ADVANTAGE = ("Mean ± standard error of n paired differences (units: held-out systems, or splits) to the one that is "
+             "hardest to beat; positive: better; MR: how much closer to 1.")
+# The claims of section 6, in order: statement, screen (one of the paper's, or "real": the first of log-expression data
+# that has the row), row, rivals, metrics. The row is held against the best of its rivals.
 CLAIMS = [
-    (1, "MapPFN is best on linear SCMs in every metric",
+    ("MapPFN is best on linear SCMs in every metric",
      "linear", "mappfn", ("condot", "mfm"), PAPER_COLUMNS[:5]),
-    (2, "CondOT and MFM stay near identity on linear SCMs (MR about 0.1), MapPFN does not",
+    ("CondOT and MFM stay near identity on linear SCMs (MR about 0.1), MapPFN does not",
      "linear", "mappfn", ("condot", "mfm"), ("magnitude_ratio",)),
-    (3, "Fine-tuned MapPFN has the best PDS, MR and AUPRC on real cells",
+    ("Fine-tuned MapPFN has the best PDS, MR and AUPRC on real cells",
      "real", "mappfn-finetuned", PUBLISHED, ("pds", "magnitude_ratio", "auprc")),
-    (4, "Pre-training helps: fine-tuned beats random initialisation in all but W2",
+    ("Pre-training helps: fine-tuned beats random initialisation in all but W2",
      "real", "mappfn-finetuned", ("mappfn-random",), PAPER_COLUMNS[1:]),
-    (5, "Interventional context improves every metric (Table 4)",
+    ("Interventional context improves every metric (Table 4)",
      "real", "mappfn-pretrained", ("mappfn-no-context",), PAPER_COLUMNS),
-    (6, "Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline trained on real cells",
+    ("Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline trained on real cells",
      "real", "mappfn-pretrained", PUBLISHED, ("auprc",)),
-    (7, "The paired prior improves every metric (Table 4)",
+    ("The paired prior improves every metric (Table 4)",
      "real", "mappfn-pretrained", ("mappfn-unpaired",), PAPER_COLUMNS),
 ]
-FIGURE_CLAIMS = [  # number, statement, figure that has the evidence
-    (8, "The paired prior learns variances faster and better (Figure 2)", "variance"),
-    (9, "Test-time augmentation raises AUPRC (Figure 3)", "tta"),
-    (10, "More context experiments lower W2 (Figure 5a)", "context"),
-    (11, "More cells than were trained with lower W2 (Figure 5b)", "cells"),
-    (12, "The prior covers the range of real expression and fold changes (Figure 6)", "coverage"),
-]
+FIGURE_CLAIMS = {  # figure that has the evidence; numbered on
+    "variance": "The paired prior learns variances faster and better (Figure 2)",
+    "tta": "Test-time augmentation raises AUPRC (Figure 3)",
+    "context": "More context experiments lower W2 (Figure 5a)",
+    "cells": "More cells than were trained with lower W2 (Figure 5b)",
+    "coverage": "The prior covers the range of real expression and fold changes (Figure 6)",
+}
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,6 @@ class Settings:
     """Make the report of one scale from whatever was run."""
     scale: str = "laptop"  # column of the table in scales.py
     out: Path = Path("out")  # everything is below out/<scale>
-
-
-# --------------------------------------------------------------------------------------------------- collecting results
 
 
 class Results(NamedTuple):
@@ -116,23 +107,14 @@ def collect(folder: Path) -> Results:
     return Results(folder.name, PAPER_TITLES.get(paper, title), paper, rows)
 
 
-def collect_all(samples: Path) -> list[Results]:
-    """Every screen that has predictions: the paper's in its order, then the others by name."""
-    found = []
-    for folder in sorted(samples.glob("*/")):
-        if any(folder.glob("[!.]*.npz")):
-            found.append(collect(folder))
-    ordered = []
-    for paper in PAPER:
-        ordered += [results for results in found if results.paper == paper]
-    return ordered + [results for results in found if results.paper not in PAPER]
+def in_order(names, known) -> list[str]:
+    """Those that are known here first, in their order, then the others by name."""
+    return [name for name in known if name in names] + sorted(set(names) - set(known))
 
 
 def per_unit(files: list[dict], metric: str) -> dict[str, float]:
-    """The value for each unit that rows can be paired by: a held-out system if a file has several, else a split.
-
-    Draws of cells, seeds and conditions within a unit are averaged; units without a defined value are left out.
-    """
+    """The value for each unit that rows can be paired by: a held-out system if a file has several, else a split. Mean
+    over draws of cells, seeds and conditions; units without a defined value are left out."""
     found: dict[str, list[float]] = {}
     for file in files:
         numbers = file["metrics"]
@@ -146,23 +128,18 @@ def per_unit(files: list[dict], metric: str) -> dict[str, float]:
 
 
 def spread(files: list[dict], metric: str) -> list[float]:
-    """The values whose mean and standard deviation a cell shows: one for each file (split, draw or seed).
-
-    One file of several systems (Table 2 with a single seed) gives one for each of them.
-    """
+    """What a cell shows mean and sd of: a value for each file or, of a single file, for each of its systems."""
     if len(files) == 1:
         return list(per_unit(files, metric).values())
-    values = [file["metrics"][metric] for file in files]
-    return [value for value in values if value is not None]
+    return [file["metrics"][metric] for file in files if file["metrics"][metric] is not None]
 
 
 def spread_over(files: list[dict]) -> str:
     """In words, what those values are of."""
     if len(files) == 1:
-        systems = len(set(files[0]["metrics"]["systems"]))
-        return f"{systems} held-out systems" if systems > 1 else "one file"
+        return f"{len(set(files[0]['metrics']['systems']))} held-out systems"
     parts = []
-    for name, key in {"splits": "split", "draws of cells": "draw", "seeds": "row"}.items():
+    for key, name in {"split": "splits", "draw": "draws of cells", "row": "seeds"}.items():
         count = len({file["meta"][key] for file in files})
         if count > 1:
             parts.append(f"{count} {name}")
@@ -171,14 +148,10 @@ def spread_over(files: list[dict]) -> str:
 
 def penalty(metric: str, value: float) -> float:
     """A number that is smaller the better the value is."""
-    if METRICS[metric].better == "higher":
-        return -value
-    if METRICS[metric].better == "one":
-        return abs(value - 1)
-    return value
+    return {"lower": value, "higher": -value, "one": abs(value - 1)}[METRICS[metric].better]
 
 
-def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> tuple[float, float, int] | None:
+def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> dict | None:
     """By how much row a beats row b (positive: better; MR: how much closer to 1), in the units of the tables: mean of
     the paired differences, its standard error, their number. None if fewer than two units are shared."""
     one, other = per_unit(rows.get(a, []), metric), per_unit(rows.get(b, []), metric)
@@ -190,35 +163,26 @@ def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> tuple
     if n < 2:
         return None
     differences = METRICS[metric].factor * np.array(differences)
-    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(n)), n
+    what = f"{METRICS[metric].heading} against {ROWS.get(b, b)}".replace("– ", "without ")
+    return {"what": what, "metric": metric, "difference": float(differences.mean()),
+            "error": float(differences.std(ddof=1) / np.sqrt(n)), "n": n}
 
 
-def best_simple(rows: dict[str, list[dict]], metric: str) -> str | None:
-    """The simple row that is best on average."""
-    found = {}
-    for row in SIMPLE:
-        values = list(per_unit(rows.get(row, []), metric).values())
-        if values:
-            found[row] = penalty(metric, float(np.mean(values)))
-    return min(found, key=found.get, default=None)
+def evidence(rows: dict[str, list[dict]], row: str, rivals, wanted) -> list[dict]:
+    """In each metric, the advantage of the row over the rival that is hardest to beat."""
+    found = []
+    for metric in wanted:
+        items = filter(None, [advantage(rows, row, rival, metric) for rival in rivals])
+        found += sorted(items, key=itemgetter("difference"))[:1]
+    return found
 
 
-# --------------------------------------------------------------------------------------- what the lines of a table say
-
-
-def title_of(row: str) -> str:
-    """Its name in the tables; a row that is not known here has its own."""
-    return (ROWS | ABLATED).get(row, row)
-
-
-def summarise(results: Results, rows) -> list[dict]:
-    """One entry for each of these rows that there is: for each metric our mean, sd and n and the paper's numbers, what
-    the spread is over, and the budget."""
+def summarise(results: Results, rows: list[str]) -> list[dict]:
+    """One entry for each of these rows, as report.json holds it: for each metric our mean, sd and n and the paper's
+    numbers; what the spread is over; the budget of a trained row."""
     table = []
     for row in rows:
-        files = results.rows.get(row)
-        if not files:
-            continue
+        files = results.rows[row]
         paper = dict(zip(PAPER_COLUMNS, PAPER.get(results.paper, {}).get(row, ())))
         numbers = {}
         for name, metric in METRICS.items():
@@ -226,27 +190,28 @@ def summarise(results: Results, rows) -> list[dict]:
             if len(values):
                 sd = float(values.std(ddof=1)) if len(values) > 1 else None
                 numbers[name] = {"mean": float(values.mean()), "sd": sd, "n": len(values), "paper": paper.get(name)}
-        clipped = np.mean([file["meta"].get("clipped_fraction", 0) for file in files])
-        table.append({"row": row, "title": title_of(row), "metrics": numbers, "files": len(files),
-                      "over": spread_over(files), "budget": budget(files), "clipped_fraction": float(clipped),
+        table.append({"row": row, "title": ROWS.get(row, row), "metrics": numbers, "files": len(files),
+                      "over": spread_over(files), "budget": budget(files),
                       "revisions": sorted({file["meta"]["revision"] for file in files})})
     return table
 
 
 def budget(files: list[dict]) -> dict | None:
-    """Updates, parameters and seconds of the fits (mean over them) that a trained row stands for; None for others."""
+    """What a trained row was given, the seconds of a fit (mean), and the share clipped to zero; None for other rows."""
     meta = files[0]["meta"]
     if "training" in meta:  # MapPFN: the header of its checkpoint
-        head = meta["training"]
-        return {"updates": head["updates"], "batch": f"{head['micro_batch'] * head['accumulate']} tasks",
-                "parameters": head["parameters"], "seconds": head["seconds"]}
-    if "options" in meta:
-        fits = {}  # one for all draws of cells
-        for file in files:
-            fits[file["meta"]["split"], file["meta"]["row"]] = file["meta"]["fit_seconds"]
-        return {"updates": meta["options"]["updates"], "batch": f"{meta['options']['batch']} cells",
-                "parameters": meta["parameters"], "seconds": float(np.mean(list(fits.values())))}
-    return None
+        fit = meta["training"]
+        seconds = np.mean([file["meta"]["training"]["seconds"] for file in files])
+        size = f"{fit['micro_batch'] * fit['accumulate']} tasks"
+    elif "options" in meta:
+        fit = meta | meta["options"]
+        seconds = np.mean([file["meta"]["fit_seconds"] for file in files])
+        size = f"{fit['batch']} cells"
+    else:
+        return None
+    clipped = np.mean([file["meta"].get("clipped_fraction", 0) for file in files])
+    return {"updates": fit["updates"], "of": size, "parameters": fit["parameters"], "seconds a fit": round(float(seconds)),
+            "negative, clipped": f"{clipped:.1%}"}
 
 
 def gap_closed(table: list[dict]) -> dict[str, float]:
@@ -260,22 +225,27 @@ def gap_closed(table: list[dict]) -> dict[str, float]:
 
 
 def grid(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    """The lines of a table."""
+    lines = ["| " + " | ".join(headings).strip() + " |", "|---" * len(headings) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(row) + " |")
-    return [line.replace("|  |", "| |") for line in lines]
+    return lines
+
+
+def said(items: list[dict]) -> str:
+    """`what +difference ± standard error (n = number); ...`"""
+    parts = []
+    for item in items:
+        error = "" if item["error"] is None else f" ± {item['error']:.3f}"
+        parts.append(f"{item['what']} {item['difference']:+.3f}{error} (n = {item['n']})")
+    return "; ".join(parts)
 
 
 def cell(entry: dict | None, paper: bool = True) -> str:
     """`ours ± sd` and, where the paper has a number and it is wanted, `(paper: mean ± sd)`."""
     if entry is None:
         return "–"
-    digits = 3
-    if entry["mean"] >= 1:
-        digits = 2
-    if entry["mean"] >= 10:
-        digits = 1
+    digits = 3 - (entry["mean"] >= 1) - (entry["mean"] >= 10)
     text = f"{entry['mean']:.{digits}f}".replace("-0.000", "0.000")
     if entry["sd"] is not None:
         text += f" ± {entry['sd']:.{digits}f}"
@@ -289,70 +259,21 @@ def heading(metric: str) -> str:
     return METRICS[metric].heading + {"lower": " ↓", "higher": " ↑", "one": ""}[METRICS[metric].better]
 
 
-def markdown(table: list[dict], wanted: tuple[str, ...] = tuple(METRICS), paper: bool = True) -> list[str]:
+def markdown(table: list[dict], wanted=tuple(METRICS), paper: bool = True) -> list[str]:
     """The lines of one table; columns without any value are left out."""
-    shown = [metric for metric in wanted if any(metric in entry["metrics"] for entry in table)]
-    rows = []
-    for entry in table:
-        rows.append([entry["title"]] + [cell(entry["metrics"].get(metric), paper) for metric in shown])
-    return grid(["", *map(heading, shown)], rows)
+    headings, rows = [""], [[entry["title"]] for entry in table]
+    for metric in wanted:
+        if any(metric in entry["metrics"] for entry in table):
+            headings.append(heading(metric))
+            for row, entry in zip(rows, table):
+                row.append(cell(entry["metrics"].get(metric), paper))
+    return grid(headings, rows)
 
 
-def caption(table: list[dict]) -> str:
-    """What the ± is, and how much was clipped."""
-    over, clipped = {}, []
-    for entry in table:
-        over.setdefault(entry["over"], []).append(entry["title"])
-        if entry["clipped_fraction"]:
-            clipped.append(f"{entry['title']} {entry['clipped_fraction']:.1%}")
-    most = max(over, key=lambda text: len(over[text]))
-    text = f"Mean ± standard deviation over {most}"
-    for other, titles in over.items():
-        if other != most:
-            text += f" ({', '.join(titles)}: {other})"
-    if clipped:
-        text += f". Negative expression clipped to zero: {', '.join(clipped)}"
-    return text + "."
+# ----------------- sections of the report: each returns its lines and puts its numbers into `document`, the report.json
 
 
-def comparison(rows: dict[str, list[dict]], trained: list[dict]) -> list[str]:
-    """The lines of a table: each trained row against the best simple row, metric by metric, in paired differences."""
-    headings, lines, most = ["better than the best simple row by"], [], 0
-    best = {}
-    for metric in METRICS:
-        rival = best_simple(rows, metric)
-        if rival is not None:
-            best[metric] = rival
-            headings.append(f"{heading(metric)} vs {title_of(rival)}")
-    for entry in trained:
-        lines.append([entry["title"]])
-        for metric, rival in best.items():
-            mean, error, n = advantage(rows, entry["row"], rival, metric) or (None, None, 0)
-            lines[-1].append(f"{mean:+.3f} ± {error:.3f}" if n else "–")
-            most = max(most, n)
-    if not most:
-        return []
-    return [*grid(headings, lines), "",
-            f"Paired differences, mean ± standard error over {most} units (held-out systems, or splits); positive: the "
-            "trained row is better. MR: how much closer to 1.", ""]
-
-
-def budgets(trained: list[dict]) -> list[str]:
-    """The lines of a table of what each trained row was given."""
-    rows = []
-    for entry in trained:
-        given = entry["budget"]
-        rows.append([entry["title"], f"{given['updates']:,}", given["batch"], f"{given['parameters']:,}",
-                     f"{given['seconds']:.0f}"])
-    if not rows:
-        return []
-    return [*grid(["trained row", "updates", "of", "parameters", "seconds a fit"], rows), ""]
-
-
-# ---------------------------------------------------------------------------------------------- sections of the report
-
-
-def inputs_section(screens: list[Results], document: dict, tag: str) -> list[str]:
+def inputs_section(screens: list[Results], document: dict) -> list[str]:
     """Table 1: what each method is told besides the cells that it transforms, as its predictions say."""
     found = {}
     for results in screens:
@@ -361,37 +282,50 @@ def inputs_section(screens: list[Results], document: dict, tag: str) -> list[str
                 method = "mappfn" if row.startswith("mappfn") else row.removesuffix("-released")
                 found[method] = files[0]["meta"]["conditions_on"]
     document["tables"]["inputs"] = found
-    if not found:
-        return []
     lines = []
-    for method in [*ROWS, *sorted(found.keys() - ROWS.keys())]:
-        if method in found:
-            lines.append([title_of(method)] + ["yes" if word in found[method] else "no" for word in INPUTS])
-    return [f"## Table 1. What each method conditions on{tag}", "", *grid(["", *INPUTS.values()], lines), ""]
+    for method in in_order(found, ROWS):
+        lines.append([ROWS.get(method, method), ", ".join(found[method])])
+    return ["## Table 1. What each method conditions on", "", *grid(["method", "conditions on"], lines), ""]
 
 
-def screen_sections(results: Results, document: dict, tag: str) -> list[str]:
-    """Table 2 or 3, or one like those, with all that belongs to it, and Table 4; the numbers go into `document`."""
-    unknown = sorted(results.rows.keys() - ROWS.keys() - ABLATED.keys())
-    table, lines = summarise(results, [*ROWS, *unknown]), []
+def table_section(results: Results, rows: list[str], name: str, title: str, document: dict) -> list[str]:
+    """Table 2, 3 or 4, or one like those, with all that belongs to it."""
+    table = summarise(results, rows)
     gap = gap_closed(table)
-    document["tables"][results.name] = {"rows": table, "rmse_gap_closed": gap}
-    if table:
-        trained = [entry for entry in table if entry["budget"]]
-        lines = [f"## {results.title}{tag}", "", *markdown(table), "", caption(table), ""]
-        if gap:
-            shares = ", ".join(f"{title_of(row)} {share:.0%}" for row, share in gap.items())
-            lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {shares}.", ""]
-        lines += comparison(results.rows, trained) + budgets(trained)
-    if ABLATED.keys() & results.rows.keys():
-        table = summarise(results, ["mappfn-pretrained", *ABLATED])
-        document["tables"][f"{results.name}-ablations"] = {"rows": table}
-        title = results.title.split(". ", 1)[-1]
-        lines += [f"## Table 4. Ablations, {title}{tag}", "", *markdown(table), "", caption(table), ""]
+    document["tables"][name] = {"rows": table, "rmse_gap_closed": gap}
+    over, budgets, compared = {}, [], []
+    for entry in table:
+        over.setdefault(entry["over"], []).append(entry["title"])
+        if entry["budget"]:
+            entry["advantage"] = evidence(results.rows, entry["row"], SIMPLE, METRICS)
+            budgets.append([entry["title"], *map(str, entry["budget"].values())])
+            given = ["trained row", *entry["budget"]]
+            compared.append([entry["title"], *advantages(entry["advantage"])])
+    most = max(over, key=lambda text: len(over[text]))
+    spreads = most
+    for text, titles in over.items():
+        if text != most:
+            spreads += f"; {text} ({', '.join(titles)})"
+    lines = [f"## {title}", "", *markdown(table), "", f"Mean ± standard deviation over {spreads}.", ""]
+    if gap:
+        shares = ", ".join(f"{ROWS.get(row, row)} {share:.0%}" for row, share in gap.items())
+        lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {shares}.", ""]
+    if budgets:
+        headings = ["better than the best simple row by", *(heading(metric) for metric in METRICS)]
+        lines += [*grid(headings, compared), "", ADVANTAGE, "", *grid(given, budgets), ""]
     return lines
 
 
-def missing_sections(root: Path, screens: list[Results], document: dict, tag: str) -> list[str]:
+def advantages(items: list[dict]) -> list[str]:
+    """The cells of a trained row: in each metric, its advantage over the simple row that is named."""
+    cells = dict.fromkeys(METRICS, "–")
+    for item in items:
+        rival = item["what"].split(" against ")[1]
+        cells[item["metric"]] = f"{item['difference']:+.3f} ± {item['error']:.3f} ({rival})"
+    return list(cells.values())
+
+
+def missing_sections(root: Path, screens: list[Results], document: dict) -> list[str]:
     """The paper's data sets, and any that could not be made, of which there is no result: why."""
     reasons = {name: f"no predictions in {root / 'samples' / name}" for name in PAPER}
     for note in sorted((root / "screens").glob("*/not-run.txt")):
@@ -401,14 +335,14 @@ def missing_sections(root: Path, screens: list[Results], document: dict, tag: st
         reasons.pop(results.paper, None)
     lines = []
     for name, reason in reasons.items():
-        lines += [f"## {PAPER_TITLES.get(name, name)}{tag}", "", f"not run: {reason}", ""]
+        lines += [f"## {PAPER_TITLES.get(name, name)}", "", f"not run: {reason}", ""]
         document["tables"][name] = {"not_run": reason}
     return lines
 
 
 def figure_section(root: Path, document: dict) -> list[str]:
     """Every figure with its caption, or the reason why there is none."""
-    for file in sorted((root / "figures").glob("*.json")):
+    for file in (root / "figures").glob("*.json"):
         document["figures"][file.stem] = json.loads(file.read_text())
     lines = ["## Figures", ""]
     for name, figure in sorted(document["figures"].items(), key=lambda item: item[1]["title"]):
@@ -417,125 +351,77 @@ def figure_section(root: Path, document: dict) -> list[str]:
             lines += [f"not run: {figure['not_run']}", ""]
         else:
             lines += [f"![{figure['title']}](figures/{name}.png)", "", figure["caption"], ""]
-    return lines if document["figures"] else []
+    return lines
 
 
-def evidence(rows: dict[str, list[dict]], row: str, rivals: tuple[str, ...], wanted: tuple[str, ...]) -> list[dict]:
-    """By how much the row is better than the best of its rivals, in each metric."""
-    found = []
-    for metric in wanted:
-        known = {}
-        for rival in rivals:
-            difference = advantage(rows, row, rival, metric)
-            if difference is not None:
-                known[rival] = difference
-        if known:
-            rival = min(known, key=known.get)  # the hardest one to beat
-            mean, error, n = known[rival]
-            what = f"{METRICS[metric].heading} against {title_of(rival).replace('– ', 'without ')}"
-            found.append({"what": what, "difference": mean, "error": error, "n": n})
-    return found
-
-
-def claims(screens: list[Results], figures: dict) -> list[dict]:
-    """Number, statement and evidence of each claim; `not_run` says why there is none."""
-    found = []
-    for number, statement, screen, row, rivals, wanted in CLAIMS:
-        claim = {"number": number, "statement": statement, "evidence": [], "not_run": "no such rows to compare"}
+def claim_section(screens: list[Results], document: dict) -> list[str]:
+    """What is claimed, and the evidence, or why there is none."""
+    claims = []
+    for statement, screen, row, rivals, wanted in CLAIMS:
+        items = []
         for results in screens:
             real = row in results.rows and results.rows[row][0]["metrics"]["log_expression"]
             if results.paper == screen or (screen == "real" and real):
-                claim["statement"] += f" [{results.name}]"
-                claim["evidence"] = evidence(results.rows, row, rivals, wanted)
+                statement += f" [{results.name}]"
+                items = evidence(results.rows, row, rivals, wanted)
                 break
-        found.append(claim)
-    for number, statement, name in FIGURE_CLAIMS:
-        figure = figures.get(name, {"not_run": "no such figure"})
-        found.append({"number": number, "statement": statement, "evidence": figure.get("evidence", []),
-                      "not_run": figure.get("not_run", "too few values in the figure")})
-    for claim in found:
-        if claim["evidence"]:
-            del claim["not_run"]
-    return found
+        claims.append((statement, items, "no such rows to compare"))
+    for name, statement in FIGURE_CLAIMS.items():
+        figure = {"evidence": [], "not_run": "no such figure, or too few values in it"}
+        figure |= document["figures"].get(name, {})
+        claims.append((statement, figure["evidence"], figure["not_run"]))
+    lines = []
+    for number, (statement, items, reason) in enumerate(claims, 1):
+        found = said(items) or f"not run: {reason}"
+        lines.append([str(number), statement, found])
+        document["claims"].append({"number": number, "statement": statement, "evidence": items, "found": found})
+    return ["## What the paper claims, and what was found", "", ADVANTAGE, "",
+            *grid(["", "claim", "evidence"], lines), ""]
 
 
-def claim_section(document: dict, tag: str) -> list[str]:
-    """What is claimed, and the evidence."""
-    rows = []
-    for claim in document["claims"]:
-        parts = []
-        for item in claim["evidence"]:
-            error = "" if item["error"] is None else f" ± {item['error']:.3f}"
-            parts.append(f"{item['what']} {item['difference']:+.3f}{error} (n = {item['n']})")
-        text = "; ".join(parts) or f"not run: {claim['not_run']}"
-        rows.append([str(claim["number"]), claim["statement"], text])
-    return [f"## What the paper claims, and what was found{tag}", "",
-            "Evidence: by how much the first is better than the best of the others, mean ± standard error of n paired "
-            "differences (positive: better; MR: how much closer to 1).", "",
-            *grid(["", "claim", "evidence"], rows), ""]
-
-
-def environment() -> dict:
-    """Versions, git revision and machine."""
+def run_section(root: Path, document: dict) -> list[str]:
+    """With what and how long all of it was run. A stage that took several attempts is summed."""
     import jax  # imported late: everything else here needs no device
 
-    packages = ("jax", "equinox", "diffrax", "optax", "ott-jax", "numpy", "scipy", "scanpy", "sergio-rs")
-    return {"revision": scales.revision(), "python": platform.python_version(), "machine": platform.machine(),
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "versions": {package: importlib.metadata.version(package) for package in packages}}
-
-
-def stage_times(root: Path) -> dict[str, float]:
-    """Seconds of each stage, as run_all.sh measured them; a stage that took several attempts is summed."""
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "equinox", "diffrax", "optax", "ott-jax", "numpy", "scipy", "scanpy", "sergio-rs"):
+        versions[package] = importlib.metadata.version(package)
     times: dict[str, float] = {}
-    if (root / "times.csv").is_file():
+    if (root / "times.csv").is_file():  # by run_all.sh
         for line in (root / "times.csv").read_text().splitlines():
             stage, _, seconds = line.rpartition(",")  # a title may contain commas
             times[stage] = times.get(stage, 0) + float(seconds)
-    return times
-
-
-def listed(values: dict) -> str:
-    """name value, name value."""
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def run_section(document: dict) -> list[str]:
-    """With what, how long and with which settings all of it was run."""
-    lines = ["## Run", "", f"Revision {document['revision']}, {document['device']}, Python {document['python']}, "
-             f"{listed(document['versions'])}.", ""]
-    times = document["seconds"]
-    if times:
-        rows = []
-        for stage, seconds in (times | {"all": sum(times.values())}).items():
-            rows.append([stage, f"{seconds:.0f}"])
-        lines += [*grid(["stage", "seconds"], rows), ""]
-    lines += ["Settings that this scale changes, as in `scales.py`:", ""]
-    for section, values in document["settings"].items():
-        if values:
-            lines.append(f"- {section}: {listed(values)}")
-    return lines
+        times["all"] = sum(times.values())
+    document |= {"revision": scales.revision(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                 "machine": platform.machine(), "versions": versions, "seconds": times}
+    listed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return ["## Run", "", f"Revision {document['revision']}, {document['device']}, {listed}.", "",
+            *grid(["stage", "seconds"], [[stage, f"{seconds:.0f}"] for stage, seconds in times.items()])]
 
 
 def main() -> None:
     """Make the report of a scale from whatever was run."""
     s = scales.parse(Settings, lambda s: ())
     root = s.out / s.scale
-    title, tag = "# Report", ""
-    if s.scale != "paper":
-        title = f"# Report at {s.scale} scale: smaller than, and not comparable with, the paper's"
-        tag = f" ({s.scale} scale, not the paper's)"
-    document = {"scale": s.scale, "tables": {}, "figures": {}, "seconds": stage_times(root)} | environment()
+    document = {"scale": s.scale, "tables": {}, "figures": {}, "claims": []}
     document["settings"] = {section: scales.at(s.scale, section) for section in scales.TABLE}
-    screens = collect_all(root / "samples")
-    lines = [title, "", *inputs_section(screens, document, tag)]
+    names = {file.parent.name for file in root.glob("samples/*/[!.]*.npz")}
+    screens = [collect(root / "samples" / name) for name in in_order(names, PAPER)]
+    lines = ["# Report", "", f"Numbers of the paper: {SOURCE}.", "", *inputs_section(screens, document)]
     for results in screens:
-        lines += screen_sections(results, document, tag)
-    lines += missing_sections(root, screens, document, tag)
-    lines += figure_section(root, document)
-    document["claims"] = claims(screens, document["figures"])
-    lines += claim_section(document, tag) + run_section(document)
-    text = "\n".join(lines) + "\n"
+        rows = in_order(results.rows.keys() - ABLATED, ROWS)
+        if rows:
+            lines += table_section(results, rows, results.name, results.title, document)
+        if results.rows.keys() & ABLATED:
+            title = "Table 4. Ablations, " + results.title.split(". ", 1)[-1]
+            rows = in_order(results.rows.keys() & {"mappfn-pretrained", *ABLATED}, ROWS)
+            lines += table_section(results, rows, f"{results.name}-ablations", title, document)
+    lines += missing_sections(root, screens, document) + figure_section(root, document)
+    lines += claim_section(screens, document) + run_section(root, document)
+    tag = f" ({s.scale} scale, not comparable with the paper's)"
+    if s.scale == "paper":
+        tag = ""
+    text = re.sub("(?m)^(##? .*)$", rf"\1{tag}", "\n".join(lines) + "\n")
     for name, content in {"report.md": text, "report.json": json.dumps(document, indent=1)}.items():
         with scales.atomic(root / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

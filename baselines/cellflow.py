@@ -175,7 +175,4 @@ class CellFlow(fitting.Trained):
         def velocity(x, time):
             return model(x, time, condition)
 
-        def one(cell):
-            return fitting.integrate(velocity, cell, options.tolerance)
-
-        return jax.vmap(one)(controls)
+        return jax.vmap(lambda cell: fitting.integrate(velocity, cell, options.tolerance))(controls)

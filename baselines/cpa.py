@@ -40,7 +40,7 @@ SMALLEST_VARIANCE = 1e-3  # of a gene given its latent: that of a constant gene 
 class Options:
     """Hyperparameters of CPA. Sizes are those of PerturBench (Wu et al., 2025b), which the paper follows (C.3)."""
     width: int = 256                        # of every layer but the adversaries' (PerturBench searches 256 to 4352)
-    latent: int = 64                        # size Z of the latent (searched, 64 to 512)
+    latent: int = 64  # size Z of the latent (searched, 64 to 512)
     adversary_width: int = 128              # of the adversaries' layers (PerturBench)
     w_kl: float = 1.0                       # weight of the KL term (searched, 0.1 to 20) [D44]
     w_adv: float = 1.0                      # weight of the adversaries in the autoencoder's loss (same)
@@ -146,7 +146,7 @@ def negative_elbo(network: Autoencoder, batch: Cells, w_kl: float, *,
     [D44] PerturBench: weights found by a search whose outcome for these data is not published; here: both
     terms are sums, so that weight 1 is the bound on the likelihood, and the others are 1 as well.
     """
-    latent, log_variance = jax.vmap(network.encode)(batch.cells)                       # n Z, n Z
+    latent, log_variance = jax.vmap(network.encode)(batch.cells)  # n Z, n Z
     basal = sample_latent(latent, log_variance, key=key)
     mean, variance = jax.vmap(network.decode)(basal, batch.treatments, batch.systems)  # n D, n D
     squared = (batch.cells - mean) ** 2
@@ -158,8 +158,8 @@ def negative_elbo(network: Autoencoder, batch: Cells, w_kl: float, *,
 def cross_entropies(adversaries: Adversaries, basal: Float[Array, "n Z"], batch: Cells) -> Float[Array, ""]:
     """Of both adversaries, summed, averaged over cells."""
     t = batch.treatments
-    genes = jnp.where(t.any(axis=-1), jnp.abs(t).argmax(axis=-1), t.shape[-1])         # n
-    systems = batch.systems.argmax(axis=-1)                                            # n
+    genes = jnp.where(t.any(axis=-1), jnp.abs(t).argmax(axis=-1), t.shape[-1])  # n
+    systems = batch.systems.argmax(axis=-1)  # n
     gene_logits, system_logits = jax.vmap(adversaries)(basal)
     entropy = optax.softmax_cross_entropy_with_integer_labels
     return entropy(gene_logits, genes).mean() + entropy(system_logits, systems).mean()
@@ -167,15 +167,10 @@ def cross_entropies(adversaries: Adversaries, basal: Float[Array, "n Z"], batch:
 
 def gradient_penalty(adversaries: Adversaries, basal: Float[Array, "n Z"]) -> Float[Array, ""]:
     """Mean square of d(sum of the logits)/dz, summed over both: adversaries must be smooth, or they teach nothing."""
-    def of_treatment(z):
-        return adversaries.treatment(z).sum()
-
-    def of_system(z):
-        return adversaries.system(z).sum()
-
     total = jnp.zeros(())
-    for summed_logits in (of_treatment, of_system):
-        total += (jax.vmap(jax.grad(summed_logits))(basal) ** 2).mean()
+    for adversary in (adversaries.treatment, adversaries.system):
+        slopes = jax.vmap(jax.grad(lambda z: adversary(z).sum()))(basal)
+        total += (slopes**2).mean()
     return total
 
 

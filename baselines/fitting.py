@@ -68,7 +68,7 @@ def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
         for condition in (CONTROL, t):
             start = screen.start[s, condition]
             visible[start : start + screen.count[s, condition]] = True
-    # NaN, so that a look at another condition would show; not left out, so all splits have one shape and compile once.
+    # NaN, so that a look at another condition would show; not left out, so that all splits compile once.
     cells = jnp.asarray(np.where(visible[:, None], screen.cells, np.float32(np.nan)))
     return Cells(cells, jnp.asarray(screen.start[systems, treatments]), jnp.asarray(screen.count[systems, treatments]),
                  jnp.asarray(screen.start[systems, CONTROL]), jnp.asarray(screen.count[systems, CONTROL]),
@@ -86,10 +86,7 @@ def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
 
 def draw_many(data: Cells, n: int, conditions: int, *, key: PRNGKeyArray) -> Batch:
     """As `draw`, of B = `conditions` conditions."""
-    def one(key):
-        return draw(data, n, key=key)
-
-    return jax.vmap(one)(jr.split(key, conditions))
+    return jax.vmap(lambda key: draw(data, n, key=key))(jr.split(key, conditions))
 
 
 def seen_genes(screen: Screen) -> Bool[np.ndarray, "D"]:
@@ -104,7 +101,7 @@ def seen_genes(screen: Screen) -> Bool[np.ndarray, "D"]:
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 # A step: (state, data, update number, key) -> (state, loss); the state is a tuple of networks and one of the states of
-# their optimisers. Jitted once per function and shapes, in chunks, so that a small step is not slowed by its own launch.
+# their optimisers. Jitted once per function and shapes, in chunks, so that the launch of a small step costs little.
 Step = Callable[[PyTree, Cells, Int[Array, ""], PRNGKeyArray], tuple[PyTree, Float[Array, ""]]]
 CHUNK = 50  # updates per launch
 
@@ -146,7 +143,8 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key:
     Prints updates, loss and seconds. Raises BadInput if the loss is no longer finite.
     """
     began, losses = time.perf_counter(), np.full(1, np.nan)
-    for first in tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2):
+    rounds = tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2)
+    for first in rounds:
         state, losses = _chunk(step)(state, data, key, jnp.asarray(first))
         losses = np.asarray(losses)
         if not np.isfinite(losses).all():
@@ -181,39 +179,26 @@ def integrate(velocity: Callable, cells: Float[Array, "*N D"], tolerance: float 
 
 
 class Trained:
-    """A trained baseline: what all do; a subclass defines the rest.
+    """A trained baseline. A subclass has its Options, what is listed below, and three static methods, compiled once:
+
+        build(options, level [D], systems, log_expression, key=...) -> networks, a tuple; `level`: mean training cell
+        make_step(options) -> an optimiser for each network, and a `Step`
+        carry(networks, options, controls [N D], treatment [D], system [S], key=...) -> cells [N D]; two one-hots
 
     The one-hots of a gene that no known condition treats, and of a system without known condition, count as zero
     [D35]; with the option unseen = "random" they are given as they are.
     """
 
-    Options: type                   # hyperparameters
     conditions_on: tuple[str, ...]  # Table 1: "treatment", "system", "controls"
-    controls_too = False            # are controls trained on as a condition of their own?
-    grid: dict[str, tuple] = {}     # what --search tries (Table 7)
-
-    @staticmethod
-    def build(options, level: Float[Array, "D"], systems: int, log_expression: bool, *, key: PRNGKeyArray) -> tuple:
-        """The networks before the first update; `level` is the mean of the training cells."""
-        raise NotImplementedError
-
-    @staticmethod
-    def make_step(options) -> tuple[tuple[optax.GradientTransformation, ...], Step]:
-        """An optimiser for each network, and one update. Cached, so that each step is compiled once."""
-        raise NotImplementedError
-
-    @staticmethod
-    def carry(networks: tuple, options, controls: Float[Array, "N D"], treatment: Float[Array, "D"],
-              system: Float[Array, "S"], *, key: PRNGKeyArray) -> Float[Array, "N D"]:
-        """Predicted cells, from control cells and two one-hots."""
-        raise NotImplementedError
+    controls_too = False  # are controls trained on as a condition of their own?
+    grid: dict[str, tuple] = {}  # what --search tries (Table 7)
 
     def __init__(self, screen: Screen, rng: np.random.Generator, options):
         """Fit to the known conditions. Raises BadInput if there is none, or if the loss is no longer finite."""
         self.options, self.lowest = options, lowest_value(screen)
         data = training_cells(screen, self.controls_too)
         random = options.unseen == "random"
-        self.known_genes = seen_genes(screen) | random                                                  # D
+        self.known_genes = seen_genes(screen) | random  # D
         self.known_systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system)) | random  # S
         key_build, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
         level = jnp.nanmean(data.cells, axis=0)
@@ -229,9 +214,7 @@ class Trained:
     def predict(self, controls: Float[np.ndarray, "N D"], system: int, treatment: Float[np.ndarray, "D"],
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """One cell for each control cell, on log-expression data no lower than 0."""
-        known_treatment = treatment * self.known_genes
-        known_system = (np.arange(len(self.known_systems)) == system) & self.known_systems
-        cells = self.carry(self.networks, self.options, jnp.asarray(controls, jnp.float32),
-                           jnp.asarray(known_treatment, jnp.float32), jnp.asarray(known_system, jnp.float32),
-                           key=jr.key(int(rng.integers(2**31))))
+        one_hot = (np.arange(len(self.known_systems)) == system) & self.known_systems
+        arrays = [jnp.asarray(x, jnp.float32) for x in (controls, treatment * self.known_genes, one_hot)]
+        cells = self.carry(self.networks, self.options, *arrays, key=jr.key(int(rng.integers(2**31))))
         return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)

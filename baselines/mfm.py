@@ -56,7 +56,7 @@ class Options:
 def nearest(x: Float[Array, "n D"], neighbours: int) -> Int[Array, "n K"]:
     """Indices of the K nearest other cells of each cell; K = n - 1 if there are no more."""
     norm = (x**2).sum(axis=-1)
-    distance = norm[:, None] + norm - 2 * x @ x.T                                  # n n, squared
+    distance = norm[:, None] + norm - 2 * x @ x.T  # n n, squared
     distance = jnp.where(jnp.eye(len(x), dtype=bool), jnp.inf, distance)
     return jax.lax.top_k(-distance, min(neighbours, len(x) - 1))[1]
 
@@ -75,10 +75,10 @@ class Encoder(eqx.Module):
 
     def __call__(self, x: Float[Array, "n D"]) -> Float[Array, "E"]:
         """phi: two graph convolutions, each the mean over a cell and its neighbours, then linear and ReLU."""
-        index = nearest(x, self.neighbours)                                        # n K, the same graph for both
+        index = nearest(x, self.neighbours)  # n K, the same graph for both
         for layer in self.layers:
-            x = (x + x[index].sum(axis=1)) / (1 + index.shape[1])                  # with K = 0 a DeepSet
-            x = jax.nn.relu(jax.vmap(layer)(x))                                    # n E
+            x = (x + x[index].sum(axis=1)) / (1 + index.shape[1])  # with K = 0 a DeepSet
+            x = jax.nn.relu(jax.vmap(layer)(x))  # n E
         phi = x.mean(axis=0)
         # The small number keeps the gradient finite if every ReLU is off; then phi is zero.
         return phi / jnp.sqrt((phi**2).sum() + 1e-12)
@@ -109,11 +109,11 @@ class Flow(eqx.Module):
 
     def __call__(self, x: Float[Array, "D"], time: Float[Array, ""], embedding: Float[Array, "E"],
                  treatment: Float[Array, "D"]) -> Float[Array, "D"]:
-        angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x          # F: small angles, so smooth in x
+        angle = 2 * math.pi * jax.lax.stop_gradient(self.frequencies) @ x  # F: small angles, so smooth in x
         # Time with angles up to 10 t: with more, the velocity is so rough in time that the solver needs many steps.
         features = time_features(time / 10, len(angle))
         h = jnp.concatenate([embedding, features, jnp.cos(angle), jnp.sin(angle), x, treatment])
-        h = jax.nn.selu(self.first(h))                                             # W
+        h = jax.nn.selu(self.first(h))  # W
 
         def residual(h, layer):
             return h + jax.nn.selu(layer(h)), None
@@ -124,7 +124,7 @@ class Flow(eqx.Module):
 
 def condition_loss(encoder: Encoder, flow: Flow, batch: fitting.Batch, key: PRNGKeyArray) -> Float[Array, ""]:
     """Flow matching on n pairs of one condition: mean over cells and genes of (v - (x1 - x0))^2."""
-    time = jr.uniform(key, (len(batch.controls), 1))                               # n 1
+    time = jr.uniform(key, (len(batch.controls), 1))  # n 1
     x = (1 - time) * batch.controls + time * batch.treated
     velocity = jax.vmap(flow, (0, 0, None, None))(x, time[:, 0], encoder(batch.controls), batch.treatment)
     return jnp.mean((velocity - (batch.treated - batch.controls)) ** 2)

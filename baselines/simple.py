@@ -8,7 +8,8 @@ Paper: 5.2 (identity); the others are departures, D32. Reads and writes nothing;
     X_s          controls               N D       control cells to move, others than the metrics compare with
     t            treatment              D         one-hot times the do-value, as the model gets it
 
-    S systems   T treatments   D genes   N cells   R known conditions   Q their genes, each once   d principal components
+    S systems   T treatments   D genes   N cells   R known conditions   Q their genes, each once
+    d principal components
 
 Most rows are X_s plus a shift, so the spread between cells is that of the control cells. In linear SCMs each condition
 was divided by its own standard deviations and each system is another graph, so that effects hardly carry over, but for
@@ -60,18 +61,18 @@ class Effects:
     def __init__(self, screen: Screen):
         known = known_conditions(screen)
         genes = len(screen.genes)
-        self.control_means = np.full((len(known), genes), np.nan)                      # S D
+        self.control_means = np.full((len(known), genes), np.nan)  # S D
         for s in np.flatnonzero(known[:, CONTROL]).tolist():
             self.control_means[s] = screen.pool(s, CONTROL).mean(axis=0, dtype=float)
-        self.systems, treatments = np.nonzero(known[:, 1:])                            # R, R
+        self.systems, treatments = np.nonzero(known[:, 1:])  # R, R
         treatments += 1
-        self.effects = np.empty((len(treatments), genes))                              # R D
+        self.effects = np.empty((len(treatments), genes))  # R D
         for r, (s, t) in enumerate(zip(self.systems.tolist(), treatments.tolist())):
             self.effects[r] = screen.pool(s, t).mean(axis=0, dtype=float) - self.control_means[s]
-        self.genes = treated_gene(screen.treatments[self.systems, treatments])         # R
+        self.genes = treated_gene(screen.treatments[self.systems, treatments])  # R
         inside = self.genes >= 0
-        self.of_gene = means_by(self.genes[inside], self.effects[inside], genes)       # D D, a row per treated gene
-        self.of_system = means_by(self.systems, self.effects, len(known))              # S D
+        self.of_gene = means_by(self.genes[inside], self.effects[inside], genes)  # D D, a row per treated gene
+        self.of_system = means_by(self.systems, self.effects, len(known))  # S D
         nothing = np.isnan(self.of_system[:, 0])
         self.of_system[nothing] = self.effects.mean(axis=0)  # of a system without effects: that of all systems
 
@@ -194,14 +195,14 @@ class BilinearRidge(SystemMean):
         controls = np.concatenate([screen.pool(s, CONTROL) for s in range(len(screen.systems))])
         centred = controls - controls.mean(axis=0)
         _, _, axes = np.linalg.svd(centred / np.maximum(centred.std(axis=0), 1e-6), full_matrices=False)
-        self.embedding = axes[: self.RANK].T * np.sqrt(axes.shape[1])                  # D d, a row per gene
+        self.embedding = axes[: self.RANK].T * np.sqrt(axes.shape[1])  # D d, a row per gene
         inside = e.genes >= 0
-        beyond = e.effects - e.of_system[e.systems]                                    # R D
-        of_gene = means_by(e.genes[inside], beyond[inside], len(screen.genes))         # D D
-        genes = np.unique(e.genes[inside])                                             # Q
+        beyond = e.effects - e.of_system[e.systems]  # R D
+        of_gene = means_by(e.genes[inside], beyond[inside], len(screen.genes))  # D D
+        genes = np.unique(e.genes[inside])  # Q
         _, _, components = np.linalg.svd(of_gene[genes], full_matrices=False)
-        self.components = components[: self.RANK]                                      # d D, G transposed
-        scores, p = of_gene[genes] @ self.components.T, self.embedding[genes]          # Q d, both
+        self.components = components[: self.RANK]  # d D, G transposed
+        scores, p = of_gene[genes] @ self.components.T, self.embedding[genes]  # Q d, both
         self.weights = np.zeros((p.shape[1], scores.shape[1]))
         if len(genes) > 2:
             errors = [left_out_error(p, scores, penalty) for penalty in self.PENALTIES]
@@ -212,7 +213,3 @@ class BilinearRidge(SystemMean):
         if gene < 0:
             return mean
         return mean + self.embedding[gene] @ self.weights @ self.components
-
-
-METHODS = {"identity": Identity, "target-only": TargetOnly, "system-mean": SystemMean, "additive": Additive,
-           "target-gene": TargetGene, "bilinear-ridge": BilinearRidge, "constant-mean": ConstantMean}
