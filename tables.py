@@ -210,8 +210,8 @@ def budget(files: list[dict]) -> dict | None:
     else:
         return None
     clipped = np.mean([file["meta"].get("clipped_fraction", 0) for file in files])
-    return {"updates": fit["updates"], "of": size, "parameters": fit["parameters"], "seconds a fit": round(float(seconds)),
-            "negative, clipped": f"{clipped:.1%}"}
+    return {"updates": fit["updates"], "of": size, "parameters": fit["parameters"],
+            "seconds a fit": round(float(seconds)), "negative, clipped": f"{clipped:.1%}"}
 
 
 def gap_closed(table: list[dict]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What all tests share: the import path, checked types and shapes, two CPU devices, screens, and a small trained model."""
+"""What all tests share: the import path, checked types and shapes, two CPU devices, a screen, and a trained model."""
 
 import dataclasses
 import os

@@ -112,11 +112,11 @@ touched "a network"
 import anndata, numpy as np, pandas as pd
 rng = np.random.default_rng(0)
 labels = np.repeat(["ctrl", *(f"G{g}" for g in range(9))], 60)
-counts = rng.poisson(rng.uniform(2, 9, (1, 14)), (len(labels), 14)).astype(np.float32)
+counts = rng.poisson(rng.uniform(2, 9, (1, 18)), (len(labels), 18)).astype(np.float32)
 for g in range(9):
     counts[labels == f"G{g}", g] = 0
 obs = pd.DataFrame({"gene": labels}, [f"cell{i}" for i in range(len(labels))])
-anndata.AnnData(counts, obs, pd.DataFrame(index=[f"G{g}" for g in range(14)])).write_h5ad(".git/mine.h5ad")
+anndata.AnnData(counts, obs, pd.DataFrame(index=[f"G{g}" for g in range(18)])).write_h5ad(".git/mine.h5ad")
 EOF
 touched "a data set"
 

@@ -88,7 +88,8 @@ def test_count_parameters_counts_each_once():
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"width": 30, "heads": 4}, "30"), ({"heads": 0}, "heads"), ({"depth": 0}, "depth"), ({"registers": -1}, "registers"),
+    ({"width": 30, "heads": 4}, "30"), ({"heads": 0}, "heads"), ({"depth": 0}, "depth"),
+    ({"registers": -1}, "registers"),
     ({"attention": "flash"}, "flash"), ({"network": "nowhere.Net"}, "nowhere.Net"), ({"network": "Net"}, "Net")])
 def test_impossible_networks_are_refused(changes, named):
     """Sizes that do not fit, and names that do not exist, are named."""
@@ -202,7 +203,7 @@ def test_treatment_gain_touches_the_treatment_stream_only():
 
 
 def test_gaussian_velocity_is_a_regression(rng):
-    """[D12] E[Y - Y_0 | Y_tau] for Y of N(0, I), against the least-squares slope of a simulation; it is what skip adds."""
+    """[D12] E[Y - Y_0 | Y_tau] for Y of N(0, I), against the slope of a simulation; it is what skip adds."""
     y_0, y = rng.standard_normal((2, 200_000)).astype(np.float32)
     for tau in (0.1, 0.5, 0.8):
         y_tau = (1 - tau) * y_0 + tau * y

@@ -74,8 +74,8 @@ def settings_fields() -> dict[str, dict]:
 
 
 def test_the_table_is_complete_and_says_nothing_twice():
-    """Every name is a setting of a script. There are two numbers of one kind, and a third only for a kind of data for which
-    the paper has another value than the default."""
+    """Every name is a setting of a script. There are two numbers of one kind, and a third only where the paper has
+    a value of its own for this kind of data."""
     fields = settings_fields()
     for section, rows in scales.TABLE.items():
         for name, row in rows.items():

@@ -179,7 +179,7 @@ def test_gradient_is_clipped_by_its_global_norm(trained, beginning):
 
 
 def test_average_is_the_weighted_mean_of_the_weights(trained, beginning):
-    """[D8] EMA in closed form: weight ema^(n - i) for update i, normalised, so that the start from zero is forgotten."""
+    """[D8] EMA in closed form: weight ema^(n - i) for update i, normalised, so that the start from zero is gone."""
     state, ema, seen = beginning[0], trained.settings.ema, []
     for seed in range(3):
         state, *_ = run_update(trained.update, state, micro_batches(random_tasks(seed, 8), 1))
@@ -237,8 +237,8 @@ def test_tasks_of_an_update_are_its_own(like, trained):
 
 
 def test_held_out_graphs_are_not_trained_on(like, trained):
-    """Queries and context experiments of training are TRAIN conditions, queries of validation VALIDATION ones, of graphs
-    that are not trained on at all; do-values, drawn for each graph, tell. Without such conditions there is no number."""
+    """All that training is given are TRAIN conditions; queries of validation are VALIDATION ones, of graphs that are not
+    trained on at all (do-values, drawn for each graph, tell). Without such conditions there is no validation loss."""
     screen = trained.screen
 
     def values(treatments):
@@ -387,7 +387,8 @@ def test_a_model_of_other_splits_is_not_used(trained):
 @pytest.mark.parametrize("changed", [
     {"micro_batch": 3}, {"micro_batch": 0}, {"context": 11}, {"context": -1}, {"updates": 0}, {"ema": 1.0},
     {"learning_rate": -1.0}, {"accumulate": 0}, {"cells": 0}, {"clip": 0.0}, {"drop_condition": 7.0}, {"seed": -1},
-    {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"}, {"learning_rate": np.nan}])
+    {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"},
+    {"learning_rate": np.nan}])
 def test_unusable_settings_are_refused(like, changed):
     """Each would train to nonsense, or not at all: the message names the setting, before any work."""
     (name, value), = changed.items()
