@@ -2,7 +2,7 @@
 
 Paper: section 6, Figures 1 to 6; `prediction`, `guidance` (Table 7) and `ode` (A.4) have no figure there. Reads
 `screens/`, `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; where an input is
-missing, the JSON says why it was `not_run`. Shown are the screens that the models of ROWS have predicted. Departure: D49.
+missing, the JSON says why it was `not_run`. Shown are the screens that models of ROWS have predicted. Departure: D49.
 
     python figures.py --scale smoke|laptop|paper       all of them: 1 / 6 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
@@ -102,7 +102,7 @@ def all_screens(s: Settings) -> list[Shown]:
             if "model" in meta:
                 runs[meta["row"]] = meta["model"]
         found.append(Shown(name, tasks.load_screen(folder), runs))
-    return sorted(found, key=lambda shown: "paper" not in shown.screen.made)
+    return sorted(found, key=lambda shown: not shown.screen.made.get("paper"))
 
 
 def chosen(s: Settings, most: int) -> list[Shown]:
@@ -120,7 +120,7 @@ def chosen(s: Settings, most: int) -> list[Shown]:
 
 
 def model_of(s: Settings, name: str, run: str, split: int = 0) -> tuple[dict, eqx.Module, float]:
-    """Header, network and guidance weight of a run's model for a split of a screen."""
+    """Header, network and guidance weight of a run's model for one split of a screen."""
     asked, guidance = of_screen(s, name), s.guidance
     file = train.model_file(asked, run, name, split)
     if guidance is None:
@@ -128,24 +128,15 @@ def model_of(s: Settings, name: str, run: str, split: int = 0) -> tuple[dict, eq
     return *model.load_model(file), guidance
 
 
-def units(s: Settings, name: str, cells: int, context: int) -> list[tuple[tuple[int, int, int], Evaluation]]:
-    """(split, draw, system) and tasks of every unit of a screen, as far as the settings allow."""
-    found = []
-    for split, folder in enumerate(tasks.splits(of_screen(s, name))[: s.splits]):
-        for draw in range(s.draws):
-            evaluation = tasks.evaluation_tasks(tasks.load_screen(folder), cells, context, s.seed, draw)
-            for system in np.unique(evaluation.system)[: s.systems].tolist():
-                of_it = evaluation.system == system
-                found.append(((split, draw, system), jax.tree.map(lambda x: x[of_it], evaluation)))
-    return found
-
-
-def difference(what: str, values: Float[np.ndarray, "n"]) -> dict:
-    """An entry of `evidence`: mean, standard error (None for one) and number of the defined paired differences."""
+def difference(what: str, values: Float[np.ndarray, "n"]) -> list[dict]:
+    """An entry of `evidence`, if any value is defined: mean, standard error (None for one) and number of the paired
+    differences that are."""
     values, error = values[np.isfinite(values)], None
+    if not len(values):
+        return []
     if len(values) > 1:
         error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return {"what": what, "difference": float(np.mean(values)), "error": error, "n": len(values)}
+    return [{"what": what, "difference": float(np.mean(values)), "error": error, "n": len(values)}]
 
 
 # ----------------------------------------------------------------------------------------------- panels, and their look
@@ -156,9 +147,7 @@ STYLES = {  # label: colour, marker, line; other labels take turns
     "equal": ("0.7", "", "-"), "genes": ("0.2", "o", ""),
     "control": ("0.7", "o", "-"), "truth": ("C0", "s", "-"), "prediction": ("C3", "X", "--"),
 }
-USES = {  # of a condition, by tasks.USES; "C": control
-    tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.CONTEXT: "Co", tasks.ABSENT: "",
-}
+USES = {tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.CONTEXT: "Co", tasks.ABSENT: ""}
 COLOURS = {"C": "0.88", "Tr": "#9ecae1", "V": "#fdd870", "Te": "#e58a80", "Co": "#c7e9c0"}
 
 
@@ -167,21 +156,16 @@ class Panel(NamedTuple):
     title: str
     xlabel: str
     ylabel: str
-    log: str = ""         # axes that are logarithmic
     x: list = []          # X
-    ticks: list = []      # labels of x, if not its numbers
     curves: dict = {}     # label -> [U, X]: the mean over U is drawn, with the standard deviation over U
     paired: bool = False  # ... once each unit's own level, its mean over X, is taken out
+    ticks: list = []      # labels of x, if not its numbers
     lines: dict = {}      # label -> where a vertical line is
+    log: str = ""         # axes that are logarithmic
     bins: list = []       # edges
     bars: dict = {}       # label -> heights; the first is a grey area
     points: dict = {}     # label -> [N, 2]; large symbols are means
     boxes: dict = {}      # label of a row -> for each of the ticks, one of COLOURS and a number
-
-
-def style(label: str, i: int) -> tuple[str, str, str]:
-    """Colour, marker and line of the i-th thing in a panel."""
-    return STYLES.get(label, (f"C{i}", "o^sDv<>ph*d8"[i % 12], "-"))
 
 
 def draw_curve(axis, p: Panel, label: str, values: Float[np.ndarray, "U X"], look: tuple[str, str, str]) -> None:
@@ -203,48 +187,57 @@ def draw_panel(axis, p: Panel) -> None:
     """Whatever is in it."""
     axis.set_title(p.title, fontsize=9)
     axis.set(xlabel=p.xlabel, ylabel=p.ylabel)
-    for i, (label, values) in enumerate(p.curves.items()):
-        draw_curve(axis, p, label, np.array(values, float), style(label, i))
+    for i, (label, content) in enumerate((p.curves | p.bars | p.points).items()):
+        colour, marker, line = look = STYLES.get(label, (f"C{i}", "o^sDv<>ph*d8"[i % 12], "-"))
+        content = np.array(content, float)
+        if label in p.curves:
+            draw_curve(axis, p, label, content, look)
+        elif label in p.points:
+            axis.scatter(*content.T, s=10, color=colour, marker=marker, alpha=0.4, lw=0)
+            axis.scatter(*content.mean(axis=0), s=90, color=colour, marker=marker, ec="k", label=label, zorder=3)
+        elif i == 0:
+            axis.stairs(content, p.bins, label=label, color="0.8", fill=True)
+        else:
+            axis.stairs(content, p.bins, label=label, color=colour, ls=line, lw=1.8)
     for label, x in p.lines.items():
-        axis.axvline(x, color=style(label, 7)[0], ls=":", lw=1, label=label)
-    for i, (label, heights) in enumerate(p.bars.items()):
-        colour, _, line = style(label, i)
-        axis.stairs(heights, p.bins, label=label, color=colour if i else "0.8", ls=line, lw=1.8, fill=i == 0)
-    for i, (label, points) in enumerate(p.points.items()):
-        points, (colour, marker, _) = np.array(points), style(label, i)
-        axis.scatter(*points.T, s=10, color=colour, marker=marker, alpha=0.4, lw=0)
-        axis.scatter(*points.mean(axis=0), s=90, color=colour, marker=marker, ec="k", label=label, zorder=3)
-    for i, row in enumerate(p.boxes.values()):
-        for j, (use, cells) in enumerate(row):
-            if use and cells:
-                axis.fill_between([j - 0.48, j + 0.48], i - 0.46, i + 0.46, color=COLOURS[use], lw=0)
-                axis.text(j, i, f"{use}\n{cells}", ha="center", va="center", fontsize=6)
-    axis.set_xscale("log" if "x" in p.log else "linear")
-    axis.set_yscale("log" if "y" in p.log else "linear")
+        axis.axvline(x, color="k", ls=":", lw=1.3, label=label)
+    if "x" in p.log:
+        axis.set_xscale("log")
+    if "y" in p.log:
+        axis.set_yscale("log")
     if p.ticks:
         axis.set_xticks(p.x, p.ticks, fontsize=7)
         axis.minorticks_off()
     if p.boxes:
-        axis.tick_params(axis="x", rotation=90)
-        axis.set_yticks(range(len(p.boxes)), p.boxes, fontsize=7)
-        axis.invert_yaxis()
+        draw_boxes(axis, p)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=7)
 
 
+def draw_boxes(axis, p: Panel) -> None:
+    """A matrix; what has no letter or no number is empty."""
+    for i, row in enumerate(p.boxes.values()):
+        for j, (letter, number) in enumerate(row):
+            if letter and number:
+                axis.fill_between([j - 0.48, j + 0.48], i - 0.46, i + 0.46, color=COLOURS[letter], lw=0)
+                axis.text(j, i, f"{letter}\n{number}", ha="center", va="center", fontsize=6)
+    axis.tick_params(axis="x", rotation=90)
+    axis.set_yticks(range(len(p.boxes)), p.boxes, fontsize=7)
+    axis.set(xlim=(-0.5, len(p.ticks) - 0.5), ylim=(len(p.boxes) - 0.5, -0.5))
+
+
 def draw(document: dict, scale: str, path: Path) -> None:
-    """Draw a figure from the content of its JSON: at most four panels side by side, boxes below one another."""
+    """Draw a figure from the content of its JSON: at most four panels side by side, matrices below one another."""
     plt.switch_backend("Agg")  # no window
     panels = [Panel(**panel) for panel in document["data"]["panels"]]
-    columns, width, height = min(4, len(panels)), 3.6, 3.2
+    columns, width, height = min(4, len(panels)), 3.6, 3.4
     if panels[0].boxes:
         columns, width, height = 1, 9, 2.2
     rows = -(-len(panels) // columns)
     share = bool(panels[0].points)  # the same plane
-    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.4), layout="constrained",
+    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained",
                                 squeeze=False, sharex=share, sharey=share)
-    small = f" ({scale} scale, not the paper's)" * (scale != "paper")
-    canvas.suptitle(document["title"] + small, fontsize=10)
+    canvas.suptitle(document["title"] + f" ({scale} scale, not the paper's)" * (scale != "paper"), fontsize=10)
     for axis, p in zip(axes.flat, panels):
         draw_panel(axis, p)
     for axis in axes.flat[len(panels) :]:
@@ -257,6 +250,7 @@ def draw(document: dict, scale: str, path: Path) -> None:
 
 
 # ------------------------------------------------------- one task (Figure 1), its prediction, and the split (Figure 4)
+# Each function returns panels, a caption (what is shown, over what the spread is), and evidence for the paper's claims.
 
 
 def first_prediction(s: Settings) -> tuple[Screen, Path, metrics.Predictions]:
@@ -266,7 +260,12 @@ def first_prediction(s: Settings) -> tuple[Screen, Path, metrics.Predictions]:
     return screen, file, metrics.load_predictions(file)
 
 
-def compute_overview(s: Settings) -> Found:
+def do(screen: Screen, treatment: Float[np.ndarray, "D"]) -> str:
+    """How a treatment is called."""
+    return f"do({screen.genes[np.abs(treatment).argmax()]})"
+
+
+def compute_overview(s: Settings) -> tuple[list, str, list]:
     """All that the model is given of its first test condition, and its answer, on two principal components."""
     screen, file, p = first_prediction(s)
     made = p.meta["settings"]
@@ -275,58 +274,56 @@ def compute_overview(s: Settings) -> Found:
     again = tasks.evaluation_tasks(screen, made["eval_cells"], context, made["seed"])
     if not np.array_equal(again.target, p.target):
         raise BadInput(f"{file}: not made from the present screen; delete it and run sample.py again")
-    cells = {"control": p.controls[0], "truth": p.target[0], "prediction": p.prediction[0]}
     given = {"control": p.controls[0]}
-    for one_hot, population in zip(again.given.context_treatments[0], again.given.context[0]):
-        given[f"do({screen.genes[one_hot.argmax()]})"] = population
+    for treatment, population in zip(again.given.context_treatments[0], again.given.context[0]):
+        given[do(screen, treatment)] = population
+    asked = {"control": p.controls[0], "truth": p.target[0], "prediction": p.prediction[0]}
     fitted = np.concatenate([p.target[0], *given.values()])
-    centre = fitted.mean(axis=0)
-    plane = np.linalg.svd(fitted - centre, full_matrices=False)[2][:2].T
+    plane = np.linalg.svd(fitted - fitted.mean(axis=0), full_matrices=False)[2][:2].T
     panels = []
-    for title, populations in {f"given: control cells and {context} context experiments": given,
-                               f"asked: do({screen.genes[p.treatments[0].argmax()]})": cells}.items():
-        points = {label: ((x - centre) @ plane).round(3) for label, x in populations.items()}
+    for title, cells in (("given", given), (f"asked: {do(screen, p.treatments[0])}", asked)):
+        points = {label: ((x - fitted.mean(axis=0)) @ plane).round(3) for label, x in cells.items()}
         panels.append(Panel(title, f"PC 1 [{UNITS[screen.log_expression]}]", "PC 2", points=points))
-    return Found(panels, f"What {p.meta['row']} is given in one task ({screen.made['title']}, first test condition of "
-                 f"split 0), and its prediction, on the principal components of the true cells; n = {len(p.target[0])} "
-                 "cells a population.")
+    caption = (f"One task ({screen.made['title']}, first test condition of split 0) and the answer of {p.meta['row']}, on "
+               f"principal components of the true cells; n = {len(p.target[0])} cells a population.")
+    return panels, caption, []
 
 
-def compute_prediction(s: Settings) -> Found:
+def compute_prediction(s: Settings) -> tuple[list, str, list]:
     """The same answer gene by gene: means of all genes, cells of the treated and of the most changed other gene."""
     screen, _, p = first_prediction(s)
     cells = {"control": p.controls[0], "truth": p.target[0], "prediction": p.prediction[0]}
-    level, unit, treated = p.controls[0].mean(axis=0), UNITS[screen.log_expression], int(p.treatments[0].argmax())
-    true, predicted = p.target[0].mean(axis=0) - level, p.prediction[0].mean(axis=0) - level
-    panels = [Panel(f"do({screen.genes[treated]})", f"true change of the mean [{unit}]", "predicted change", x=true,
-                    curves={"equal": [true], "genes": [predicted]}, lines={"treated gene": true[treated]})]
+    means, unit = {label: x.mean(axis=0) for label, x in cells.items()}, UNITS[screen.log_expression]
+    true, predicted = means["truth"] - means["control"], means["prediction"] - means["control"]
+    treated = int(np.abs(p.treatments[0]).argmax())
+    panels = [Panel(do(screen, p.treatments[0]), f"true change of the mean [{unit}]", "predicted change", true,
+                    {"equal": [true], "genes": [predicted]}, lines={"treated gene": true[treated]})]
     others = np.abs(true)
     others[treated] = -1
-    for title, gene in {"treated gene": treated, "most changed other gene": int(others.argmax())}.items():
-        bins = np.histogram_bin_edges(np.concatenate(list(cells.values()))[:, gene], 20)
+    for title, gene in (("treated gene", treated), ("most changed other gene", int(others.argmax()))):
+        bins = np.histogram_bin_edges([x[:, gene] for x in cells.values()], 20)
         bars = {label: np.histogram(x[:, gene], bins)[0] for label, x in cells.items()}
         panels.append(Panel(title, f"{screen.genes[gene]} [{unit}]", "cells", bins=bins, bars=bars))
-    return Found(panels, f"One prediction against the truth ({screen.made['title']}, {p.meta['row']}, first test "
-                 f"condition of split 0, n = {len(p.target[0])} cells): change of each gene's mean, and two genes.")
+    caption = (f"One answer of {p.meta['row']} ({screen.made['title']}, first test condition of split 0, n = "
+               f"{len(p.target[0])} cells): change of each gene's mean against control, and cells.")
+    return panels, caption, []
 
 
 def compute_split(s: Settings) -> tuple[list, str, list]:
     """Use and number of cells of each condition in split 0, of every screen with few enough systems to show."""
     panels = []
     for name, screen, _ in all_screens(s):
-        if len(screen.systems) > 10 or name.endswith("-wide"):
-            continue
-        boxes = {}
-        for system, split, count in zip(screen.systems, screen.split.tolist(), screen.count.tolist()):
-            uses = [USES[use] for use in split]
-            uses[CONTROL] = "C"
-            boxes[system] = list(zip(uses, count))
-        treatments = screen.treatment_names
-        panels.append(Panel(screen.made["title"], "treatment", "system", x=list(range(len(treatments))),
-                            ticks=treatments, boxes=boxes))
+        if len(screen.systems) <= 10 and not name.endswith("-wide"):
+            boxes = {}
+            for system, split, count in zip(screen.systems, screen.split.tolist(), screen.count.tolist()):
+                letters = [USES[use] for use in split]
+                letters[CONTROL] = "C"
+                boxes[system] = list(zip(letters, count))
+            panels.append(Panel(screen.made["title"], "treatment", "system", list(range(len(screen.treatment_names))),
+                                ticks=screen.treatment_names, boxes=boxes))
     if not panels:
         raise BadInput(f"no screen of at most 10 systems in {s.out / s.scale / 'screens'}; data.py makes them")
-    caption = ("Use of each condition in split 0, and its number of cells: control, train, validation, test, context "
+    caption = ("Use of each condition in split 0, and number of its cells: control, train, validation, test, context "
                "(known, in a held-out system). Empty: no data.")
     return panels, caption, []
 
@@ -340,36 +337,6 @@ def variance_correlation(true: Float[np.ndarray, "N D"], predicted: Float[np.nda
     if a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def compute_variance(s: Settings) -> tuple[list, str, list]:
-    """Every snapshot of every run, on held-out systems of its own prior and on real test conditions, zero-shot."""
-    panels, evidence = {}, []
-    for folder in sorted((s.out / s.scale / "train").glob("*/split-0/snapshots")):
-        files = {int(file.stem.removeprefix("update-")): file for file in folder.glob("update-*.eqx")}
-        head, _ = model.load_model(files[max(files)])
-        places = {"held-out systems of its own prior": load_first(s, head["screen"])}
-        for _, screen, _ in chosen(s, s.screens):
-            if screen.log_expression:
-                places[screen.made["title"]] = screen
-        seen = [update * head["micro_batch"] * head["accumulate"] for update in sorted(files)]
-        for number, (title, screen) in enumerate(places.items()):
-            p = Panel(title, "training tasks seen", "correlation of variances ↑", x=seen, curves={}, paired=True)
-            p = panels.setdefault((title, *seen), p)  # runs with other snapshots have panels of their own
-            ordered = [files[update] for update in sorted(files)]
-            p.curves[folder.parents[1].name] = snapshot_values(s, ordered, screen, head["context"], number)
-    if not panels:
-        raise BadInput(f"no snapshots in {s.out / s.scale / 'train'}; train.py --snapshots 12 makes them")
-    for p in panels.values():
-        for run, paired in p.curves.items():
-            if f"{run}-unpaired" in p.curves:
-                values = np.nanmean(paired - p.curves[f"{run}-unpaired"], axis=0)
-                last = max(2, len(values) // 3)
-                evidence.append(difference(f"correlation of variances, {p.title}: {run} minus {run}-unpaired, last "
-                                           f"{last} snapshots of one run each", values[-last:]))
-    caption = (f"Correlation over genes of predicted and true variances; bars: sd over n = {s.snapshot_tasks} tasks of "
-               f"{s.cells} cells, the same for all points, each one's mean level taken out.")
-    return list(panels.values()), caption, evidence
 
 
 def snapshot_values(s: Settings, files: list[Path], screen: Screen, context: int,
@@ -388,26 +355,59 @@ def snapshot_values(s: Settings, files: list[Path], screen: Screen, context: int
     return values
 
 
-# ---------- one thing varies, all else stays: Figures 3 and 5, guidance (Table 7), steps of the ODE solver (A.4)
+def compute_variance(s: Settings) -> tuple[list, str, list]:
+    """Every snapshot of every run, on held-out systems of its own prior and on real test conditions, zero-shot."""
+    panels, evidence = {}, []
+    for folder in sorted((s.out / s.scale / "train").glob("*/split-0/snapshots")):
+        files = {int(file.stem.removeprefix("update-")): file for file in folder.glob("update-*.eqx")}
+        files = dict(sorted(files.items()))
+        head, _ = model.load_model(files[min(files)])
+        seen = [update * head["micro_batch"] * head["accumulate"] for update in files]
+        places = {"held-out systems of its own prior": load_first(s, head["screen"])}
+        places |= {shown.screen.made["title"]: shown.screen for shown in chosen(s, s.screens)}
+        for number, (title, screen) in enumerate(places.items()):
+            if number == 0 or screen.log_expression:
+                p = Panel(title, "training tasks seen", "correlation of variances ↑", seen, {}, paired=True)
+                p = panels.setdefault((title, *seen), p)  # runs with other snapshots have panels of their own
+                values = snapshot_values(s, list(files.values()), screen, head["context"], number)
+                p.curves[folder.parents[1].name] = values
+    if not panels:
+        raise BadInput(f"no snapshots in {s.out / s.scale / 'train'}; train.py --snapshots 12 makes them")
+    for p in panels.values():
+        for run, paired in p.curves.items():
+            if f"{run}-unpaired" in p.curves:
+                last = max(2, len(p.x) // 3)
+                values = np.nanmean(paired, axis=0) - np.nanmean(p.curves[f"{run}-unpaired"], axis=0)
+                evidence += difference(f"correlation of variances, {p.title}: {run} minus {run}-unpaired, last {last} "
+                                       "snapshots of one run each", values[-last:])
+    caption = (f"Correlation over genes of predicted and true variances. Bars: sd over n = {s.snapshot_tasks} tasks of "
+               f"{s.cells} cells, the same for all snapshots, each one's mean level taken out; a single run each.")
+    return list(panels.values()), caption, evidence
+
+
+# ----------------- one thing varies, all else stays: Figures 3 and 5, guidance (Table 7), steps of the solver (A.4)
 
 METRICS = ("W2 ↓ [squared units]", "PDS ↓", "RMSE ↓", "AUPRC ↑")
-
-
-class Sweep(NamedTuple):
-    """What is varied: label of the axis, what is shown, logarithmic axes, what of the paper's settings it varies."""
-    label: str
-    metrics: tuple[str, ...]
-    log: str = ""
-
-
-SWEEPS = {
-    "context": Sweep("context experiments K given", METRICS[:2]),
-    "cells": Sweep("cells given per population", METRICS[:2], "x"),
-    "guidance": Sweep("guidance weight", METRICS),
-    "steps": Sweep("Dopri5 steps (6 evaluations each)", ("largest difference", "root mean square"), "xy"),
-    "tta": Sweep("", ("AUPRC ↑",)),
+WAYS = ("single passes", "augmented,\nas many cells", "augmented,\nall cells")
+SWEEPS = {  # what varies: label, what is shown, logarithmic axes
+    "context": ("context experiments K given", METRICS[:2], ""),
+    "cells": ("cells given per population", METRICS[:2], "x"),
+    "guidance": ("guidance weight", METRICS, ""),
+    "steps": ("Dopri5 steps (6 evaluations each)", ("largest difference", "root mean square difference"), "xy"),
+    "tta": ("", METRICS[3:], ""),
 }
-WAYS = ["single passes", "augmented,\nas many cells", "augmented,\nall cells"]
+
+
+def units(s: Settings, name: str, cells: int, context: int) -> list[tuple[tuple[int, int, int], Evaluation]]:
+    """(split, draw, system) and tasks of every unit of a screen, as far as the settings allow."""
+    found = []
+    for split, folder in enumerate(tasks.splits(of_screen(s, name))[: s.splits]):
+        for draw in range(s.draws):
+            evaluation = tasks.evaluation_tasks(tasks.load_screen(folder), cells, context, s.seed, draw)
+            for system in np.unique(evaluation.system)[: s.systems].tolist():
+                of_it = evaluation.system == system
+                found.append(((split, draw, system), jax.tree.map(lambda x: x[of_it], evaluation)))
+    return found
 
 
 def scores(true: Float[np.ndarray, "all N D"], predicted: Float[np.ndarray, "P L D"],
@@ -418,46 +418,35 @@ def scores(true: Float[np.ndarray, "all N D"], predicted: Float[np.ndarray, "P L
     ranks = metrics.pds_ranks(true, np.concatenate([predicted, true[count:]]))
     if log_expression:
         auprc = metrics.deg_auprc(controls[:count], true[:count], predicted)["auprc"]
-    return [np.mean([metrics.wasserstein(*pair) for pair in pairs]), ranks[:count].mean(),
-            np.mean([metrics.rmse(*pair) for pair in pairs]), auprc]
+    w2, rmse = [metrics.wasserstein(*pair) for pair in pairs], [metrics.rmse(*pair) for pair in pairs]
+    return [float(np.mean(w2)), float(ranks[:count].mean()), float(np.mean(rmse)), auprc]
 
 
-def predict(s: Settings, network: eqx.Module, e: Evaluation, key: PRNGKeyArray, context: int, cells: int,
-            guidance: float, steps: int) -> Float[np.ndarray, "P N D"]:
-    """The first tasks of a unit, given the first context experiments and the first cells of each population."""
-    given = Given(e.given.controls[: s.tasks, :cells], e.given.context[: s.tasks, :context, :cells],
-                  e.given.context_treatments[: s.tasks, :context], e.given.query[: s.tasks])
-    return sample.generate(network, given, guidance, steps, s.cells, key=key)
+def model_points(s: Settings, what: str, x: list, e: Evaluation, head: dict, network: eqx.Module, guidance: float,
+                 log_expression: bool, key: PRNGKeyArray) -> list[list[float]]:
+    """[X, M] of one model in one unit; smaller values get the first experiments and the first cells."""
+    usual = {"context": min(head["context"], e.given.context.shape[1]), "cells": s.cells, "guidance": guidance,
+             "steps": s.steps}
 
+    def predict(value):
+        now = usual | {what: value}
+        k, n = now["context"], now["cells"]
+        given = Given(e.given.controls[: s.tasks, :n], e.given.context[: s.tasks, :k, :n],
+                      e.given.context_treatments[: s.tasks, :k], e.given.query[: s.tasks])
+        return sample.generate(network, given, now["guidance"], now["steps"], s.cells, key=key)
 
-def unit_curves(s: Settings, what: str, x: list, shown: Shown, numbers: tuple[int, int, int],
-                e: Evaluation) -> dict[str, list]:
-    """[X, M] of each model in one unit, and of what needs no model."""
-    true, controls, log_expression = e.target[:, : s.cells], e.given.controls[:, : s.cells], shown.screen.log_expression
-    curves, key = {}, scales.key("figure", s.seed, *numbers)
-    if what in ("context", "cells", "guidance"):
-        curves[IDENTITY] = [scores(true, e.identity[: s.tasks, : s.cells], controls, log_expression)] * len(x)
-    for row, run in shown.runs.items():
-        head, network, guidance = model_of(s, shown.name, run, numbers[0])
-        if what == "tta":
-            return tta_curves(s, head["genes"], network, guidance, numbers, e)
-        usual = {"context": min(head["context"], e.given.context.shape[1]), "cells": s.cells, "guidance": guidance,
-                 "steps": s.steps}
-        if what == "steps":
-            finest = predict(s, network, e, key, **usual | {"steps": s.ode_reference})
-        curve = curves.setdefault(ROWS[row], [])
+    if what == "steps":
+        finest, points = predict(s.ode_reference), []
         for value in x:
-            cells = predict(s, network, e, key, **usual | {what: value})
-            if what == "steps":
-                error = np.maximum(np.abs(cells - finest), 1e-9)  # the axis is logarithmic
-                curve.append([error.max(), np.sqrt(np.mean(error**2))])
-            else:
-                curve.append(scores(true, cells, controls, log_expression))
-    return curves
+            error = np.maximum(np.abs(predict(value) - finest), 1e-9)  # the axis is logarithmic
+            points.append([float(error.max()), float(np.sqrt(np.mean(error**2)))])
+        return points
+    controls = e.given.controls[:, : s.cells]
+    return [scores(e.target[:, : s.cells], predict(value), controls, log_expression) for value in x]
 
 
-def tta_curves(s: Settings, size: int, network: eqx.Module, guidance: float, numbers: tuple[int, ...],
-               e: Evaluation) -> dict[str, list]:
+def tta_points(s: Settings, e: Evaluation, size: int, network: eqx.Module, guidance: float,
+               numbers: tuple[int, ...]) -> dict[str, list]:
     """AUPRC [X, 1] of the three WAYS to predict one unit with a model of `size` genes (6), and of two rules."""
     treated, count = e.given.context.shape[1] + 1, min(s.tasks, len(e.target))
     fewest = -(-(e.given.query.shape[1] - treated) // (size - treated))  # subsets that reach all genes
@@ -481,6 +470,23 @@ def tta_curves(s: Settings, size: int, network: eqx.Module, guidance: float, num
     return curves
 
 
+def values_of(s: Settings, what: str, splits: list[Screen], most: int, trained: int) -> list:
+    """The values of what varies: K is at most `most`, and no population is asked for more cells than it has."""
+    if what == "context":
+        return [k for k in s.contexts if k <= most]
+    if what == "guidance":
+        return list(s.weights)
+    if what == "steps":
+        return [n for n in s.ode_steps if n < s.ode_reference]
+    if what == "tta":
+        return [0, 1, 2]
+    cells = s.most_cells
+    for screen in splits:
+        count = screen.count[(screen.split == TEST).any(axis=1)]
+        cells = min(cells, int(count[count > 0].min()))
+    return sorted({min(cells, max(2, round(multiple * trained))) for multiple in s.multiples})
+
+
 def wide_screens(s: Settings) -> list[Shown]:
     """NAME-wide, with more genes, of each screen NAME that the pre-trained model has predicted."""
     found = []
@@ -493,60 +499,84 @@ def wide_screens(s: Settings) -> list[Shown]:
     return found
 
 
-def values_of(s: Settings, what: str, screen: Screen, trained: int) -> list:
-    """The values of what varies, as far as there are experiments and cells."""
-    if what == "cells":
-        count = screen.count[(screen.split == TEST).any(axis=1)]
-        most = min(s.most_cells, int(count[count > 0].min()))
-        return sorted({min(most, max(2, round(multiple * trained))) for multiple in s.multiples})
-    return {"context": [k for k in s.contexts if k <= sample.most_experiments(screen)], "guidance": list(s.weights),
-            "steps": [n for n in s.ode_steps if n < s.ode_reference], "tta": [0, 1, 2]}[what]
+def sweep_screen(s: Settings, what: str, x: list, context: int,
+                 shown: Shown) -> dict[str, Float[np.ndarray, "U X M"]]:
+    """The values of every unit for each model, and for what needs no model."""
+    log_expression, curves = shown.screen.log_expression, {}
+    # The tasks have enough cells for the largest value.
+    cells = max(s.cells, *x) if what == "cells" else s.cells
+    for numbers, e in tqdm(units(s, shown.name, cells, context), unit="unit", desc=f"{what}: {shown.name}"):
+        found = {}
+        for row, run in shown.runs.items():
+            head, network, guidance = model_of(s, shown.name, run, numbers[0])
+            if what == "tta":
+                found = tta_points(s, e, head["genes"], network, guidance, numbers)
+            else:
+                key = scales.key("figure", s.seed, *numbers)
+                found[ROWS[row]] = model_points(s, what, x, e, head, network, guidance, log_expression, key)
+        if what in ("context", "cells", "guidance"):
+            other, controls = e.identity[: s.tasks, : s.cells], e.given.controls[:, : s.cells]
+            found[IDENTITY] = [scores(e.target[:, : s.cells], other, controls, log_expression)] * len(x)
+        for label, points in found.items():
+            curves.setdefault(label, []).append(points)
+    return {label: np.array(points, float) for label, points in curves.items()}
+
+
+def improvements(what: str, title: str, x: list, trained: int, values: dict[str, np.ndarray]) -> list[dict]:
+    """Evidence: by how much the largest value is better than K = 1, the cells of training, or a single pass."""
+    evidence, start = [], {"context": 1, "cells": trained, "tta": 0}.get(what)
+    first = x.index(start) if start in x else 0
+    for label in ROWS.values():
+        if label in values and start is not None and first < len(x) - 1:
+            change = values[label][:, first, 0] - values[label][:, -1, 0]
+            if what == "tta":
+                evidence += difference(f"AUPRC, {title}: augmented minus single passes", -change)
+            else:
+                evidence += difference(f"W2, {title}, {label}: with {x[first]} {SWEEPS[what][0]} minus with {x[-1]}",
+                                       change)
+    return evidence
 
 
 def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
     """A panel for each screen and metric, a curve for each model."""
-    panels, evidence, sizes, sweep = [], [], [], SWEEPS[what]
+    panels, evidence, (xlabel, shown_metrics, log) = [], [], SWEEPS[what]
     if what == "steps":
         s = dataclasses.replace(s, splits=1, draws=s.ode_tasks, systems=1, tasks=1)
     if what == "tta":
         s = dataclasses.replace(s, splits=1, draws=s.tta_draws)
     for shown in wide_screens(s) if what == "tta" else chosen(s, s.screens):
-        models = {ROWS[row]: model_of(s, shown.name, run) for row, run in shown.runs.items()}
-        head, lines = next(iter(models.values()))[0], {}
-        if what == "guidance":
-            lines = {f"chosen: {label}": weight for label, (_, _, weight) in models.items()}
-        elif what in head:
-            lines = {"as in training": head[what]}
-        x, most = values_of(s, what, shown.screen, head["cells"]), sample.most_experiments(shown.screen)
-        if what != "context":
-            most = min(most, head["context"])
-        # The tasks have enough for the largest value; smaller ones get their first experiments and cells.
-        cells = max(s.cells, *x) if what == "cells" else s.cells
-        values = {}
-        for numbers, e in tqdm(units(s, shown.name, cells, most), unit="unit", desc=f"{what}: {shown.name}"):
-            for label, curve in unit_curves(s, what, x, shown, numbers, e).items():
-                values.setdefault(label, []).append(curve)
-        values = {label: np.array(curves) for label, curves in values.items()}  # U X M
-        title = f"{shown.screen.made['title']}, {len(shown.screen.genes)} genes"
-        sizes.append(f"{title} n = {len(curve)}")
-        for i, metric in enumerate(sweep.metrics):
+        title, lines = f"{shown.screen.made['title']}, {len(shown.screen.genes)} genes", {}
+        for row, run in shown.runs.items():
+            head, _, guidance = model_of(s, shown.name, run)
+            if what == "guidance":
+                lines[f"chosen, {ROWS[row]}"] = guidance
+            elif what in ("context", "cells"):
+                lines["as in training"] = head[what]
+        splits = [tasks.load_screen(folder) for folder in tasks.splits(of_screen(s, shown.name))[: s.splits]]
+        context = min(sample.most_experiments(screen) for screen in splits)
+        x = values_of(s, what, splits, context, head["cells"])
+        ticks = [f"{value:g}" for value in x]
+        if what == "tta":
+            context, ticks = min(context, head["context"]), WAYS
+        values = sweep_screen(s, what, x, context, shown)
+        for i, metric in enumerate(shown_metrics):
             curves = {label: array[..., i] for label, array in values.items()}
             if np.isfinite(list(curves.values())).any():  # AUPRC of SCM values, or where no gene changes, is not
-                ticks = WAYS if what == "tta" else [f"{value:g}" for value in x]
-                panels.append(Panel(title, sweep.label, metric, sweep.log, x, ticks, curves, bool(lines), lines))
-        evidence += improvements(what, title, x, lines, values)
-    caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over held-out "
-               f"systems, splits and draws ({', '.join(sizes)})")
+                n = len(curves[ROWS[row]])
+                panels.append(Panel(f"{title}, n = {n}", xlabel, metric, x, curves, bool(lines), ticks, lines, log))
+        evidence += improvements(what, title, x, head["cells"], values)
+    caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over n "
+               "held-out systems, splits and draws" + ", each one's mean level taken out" * bool(lines) + ".")
     return panels, caption, evidence
 
 
 # ------------------------------------------------------------------------------------ coverage of the prior (Figure 6)
 
-BINS = {"log expression above 0": np.linspace(0, 7, 36), "log2 fold change against control": np.linspace(-5, 5, 51)}
+BINS = {"log expression": np.linspace(0, 7, 36), "log2 fold change against control": np.linspace(-5, 5, 51)}
 
 
 def values_of_screen(screen: Screen, systems: int | None = None) -> list[Float[np.ndarray, "n"]]:
-    """Expression of every gene in every cell, and every gene's fold change by every treatment."""
+    """Expression of every gene in every cell, and every gene's fold change by every treatment, in the first systems."""
     cells, changes = [], []
     for s, t in np.argwhere(screen.count[:systems] > 0).tolist():
         cells.append(screen.pool(s, t).ravel())
@@ -563,22 +593,22 @@ def compute_coverage(s: Settings) -> tuple[list, str, list]:
     if not priors:
         raise BadInput(f"no predictions of {PRETRAINED} in {s.out / s.scale / 'samples'}; sample.py makes them")
     values = {"prior": values_of_screen(load_first(s, priors[0]), s.grns)}
-    for _, screen, _ in found:
-        values[screen.made["title"]] = values_of_screen(screen)
+    values |= {screen.made["title"]: values_of_screen(screen) for _, screen, _ in found}
     panels, evidence = [], []
     for i, (what, bins) in enumerate(BINS.items()):
         bars = {}
         for title, both in values.items():
             counts, _ = np.histogram(both[i][both[i] != 0], bins)
-            bars[f"{title}: {1 - counts.sum() / len(both[i]):.0%} 0 or outside"] = counts / len(both[i]) / np.diff(bins)
+            share = counts / len(both[i])
+            bars[f"{title}, {1 - share.sum():.0%} not shown"] = share / np.diff(bins)
             if title == "prior":
                 reached = counts > 0
-            else:
+            elif counts.any():
                 evidence.append({"what": f"{title}, {what}: share in bins that the prior reaches", "error": None,
                                  "difference": counts[reached].sum() / counts.sum(), "n": int(counts.sum())})
-        panels.append(Panel("", what, "density", "y" * i, bins=bins, bars=bars))
-    caption = (f"The prior (at most {s.grns} systems) and the screens: expression of genes in single cells, and fold "
-               "change of each gene's mean by each treatment; the label says which share is 0 or out of range.")
+        panels.append(Panel("", what, "density", log="y" * i, bins=bins, bars=bars))
+    caption = (f"The prior (at most {s.grns} systems) and the screens: expression in single cells, and fold change of a "
+               "gene's mean by a treatment. Not shown: values of 0 or out of range.")
     return panels, caption, evidence
 
 
@@ -589,7 +619,7 @@ FIGURES = {
     "prediction": ("A prediction against the truth", compute_prediction),
     "split": ("Figure 4. Split as built", compute_split),
     "variance": ("Figure 2. Paired and unpaired prior", compute_variance),
-    "tta": ("Figure 3. Test-time augmentation", compute_tta),
+    "tta": ("Figure 3. Test-time augmentation", partial(compute_sweep, what="tta")),
     "context": ("Figure 5a. More context experiments", partial(compute_sweep, what="context")),
     "cells": ("Figure 5b. More cells", partial(compute_sweep, what="cells")),
     "guidance": ("Guidance", partial(compute_sweep, what="guidance")),
@@ -630,13 +660,13 @@ def main() -> None:
         screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs}
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
-        picture = path.with_suffix(".png")
         document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if document.get("screens") == screens:
             scales.check_made(path, document["settings"], settings)
         else:
             write(name, s, {"settings": settings, "screens": screens}, path)
             document = json.loads(path.read_text(encoding="utf-8"))
+        picture = path.with_suffix(".png")
         if "not_run" in document:
             picture.unlink(missing_ok=True)  # of numbers that are gone
             print(f"{path}: not run: {document['not_run']}", flush=True)

@@ -94,14 +94,14 @@ for file in ${OWN[@]+"${OWN[@]}"}; do
   prepare "$(basename "$file" .h5ad)" --h5ad "$file"
 done
 
-LINEAR=() SNAPSHOTS=$(at grn snapshots 25)
+LINEAR=()
 for seed in $(seq 0 $(($(at linear seeds 1) - 1))); do
   stage "train: linear SCMs, seed $seed" train.py --screen linear --seed "$seed" --name "linear-seed$seed" "${TO[@]}"
   LINEAR+=("mappfn-seed$seed=linear-seed$seed")
 done
-stage "train: GRNs" train.py --screen grn --snapshots "$SNAPSHOTS" "${TO[@]}"
-stage "train: GRNs, unpaired (Table 4)" train.py --screen grn-unpaired --snapshots "$SNAPSHOTS" "${TO[@]}"
-stage "train: GRNs, without context (Table 4)" train.py --screen grn --context 0 --name grn-no-context "${TO[@]}"
+stage "train: GRNs" train.py --screen grn "${TO[@]}"
+stage "train: GRNs, unpaired (Table 4)" train.py --screen grn-unpaired "${TO[@]}"
+stage "train: GRNs, without context (Table 4)" train.py --screen grn --context 0 --name grn-no-context --snapshots 0 "${TO[@]}"
 stage "sample: linear SCMs" sample.py --screen linear --model "${LINEAR[@]}" "${TO[@]}"
 stage "baselines: linear SCMs" -m baselines --screen linear "${TO[@]}"
 for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do

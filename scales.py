@@ -60,7 +60,7 @@ TABLE = {
         "validation":            (2,          8),            # held-out GRNs for choices
         "test":                  (2,          8),            # held-out GRNs for Figure 2
         "updates":               (40,      6000),
-        "snapshots":             (4,         10),            # Figure 2: models kept on the way
+        "snapshots":             (4,         10,       25),  # Figure 2: models kept on the way
     },
     "real": {                  # perturbation screens of real cells (B.3, B.4), and training on them
         "genes":                 (8,         20),            # D
