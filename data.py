@@ -440,16 +440,13 @@ def load(settings: Settings):
 
 def check(settings: Settings) -> None:
     """Raise BadInput for settings that cannot be meant."""
-    for name, least in {"genes": 2, "min_cells": 2, "splits": 1, "seed": 0}.items():
-        value = getattr(settings, name)
-        if value < least:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    scales.check_least(settings, {"genes": 2, "min_cells": 2, "splits": 1, "seed": 0})
     if settings.dataset is None and settings.h5ad is None or settings.dataset == "toy" and settings.h5ad is not None:
         raise BadInput("say which data: either --dataset toy, melanoma or leukemia, or --h5ad FILE")
     if settings.h5ad is not None and not settings.h5ad.is_file():
         raise BadInput(f"--h5ad {settings.h5ad}: no such file")
-    if settings.name is not None and (settings.name in ("", "..") or settings.name != Path(settings.name).name):
-        raise BadInput(f"--name {settings.name}: must be the name of a folder, not a path")
+    if settings.name is not None:
+        scales.check_name(settings.name)
 
 
 def describe(settings: Settings, name: str) -> dict:

@@ -122,7 +122,7 @@ def chosen(s: Settings, most: int) -> list[Shown]:
 def model_of(s: Settings, name: str, run: str, split: int = 0) -> tuple[dict, eqx.Module, float]:
     """Header, network and guidance weight of a run's model for one split of a screen."""
     asked, guidance = of_screen(s, name), s.guidance
-    file = train.model_file(asked, run, name, split)
+    file = model.model_file(asked, run, name, split)
     if guidance is None:
         guidance = sample.guidance_of(asked, file)
     return *model.load_model(file), guidance
@@ -147,7 +147,7 @@ STYLES = {  # label: colour, marker, line; other labels take turns
     "equal": ("0.7", "", "-"), "genes": ("0.2", "o", ""),
     "control": ("0.7", "o", "-"), "truth": ("C0", "s", "-"), "prediction": ("C3", "X", "--"),
 }
-USES = {tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.CONTEXT: "Co", tasks.ABSENT: ""}
+USES = {tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.KNOWN_ONLY: "Co", tasks.ABSENT: ""}
 COLOURS = {"C": "0.88", "Tr": "#9ecae1", "V": "#fdd870", "Te": "#e58a80", "Co": "#c7e9c0"}
 
 
@@ -208,6 +208,8 @@ def draw_panel(axis, p: Panel) -> None:
     if p.ticks:
         axis.set_xticks(p.x, p.ticks, fontsize=7)
         axis.minorticks_off()
+    if p.bars:
+        axis.margins(y=0.3)  # for the legend
     if p.boxes:
         draw_boxes(axis, p)
     if axis.get_legend_handles_labels()[0]:
@@ -235,7 +237,7 @@ def draw(document: dict, scale: str, path: Path) -> None:
         columns, width, height = 1, 9, 2.2
     rows = -(-len(panels) // columns)
     share = bool(panels[0].points)  # the same plane
-    canvas, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained",
+    canvas, axes = plt.subplots(rows, columns, figsize=(max(6, width * columns), height * rows), layout="constrained",
                                 squeeze=False, sharex=share, sharey=share)
     canvas.suptitle(document["title"] + f" ({scale} scale, not the paper's)" * (scale != "paper"), fontsize=10)
     for axis, p in zip(axes.flat, panels):
@@ -284,8 +286,8 @@ def compute_overview(s: Settings) -> tuple[list, str, list]:
     for title, cells in (("given", given), (f"asked: {do(screen, p.treatments[0])}", asked)):
         points = {label: ((x - fitted.mean(axis=0)) @ plane).round(3) for label, x in cells.items()}
         panels.append(Panel(title, f"PC 1 [{UNITS[screen.log_expression]}]", "PC 2", points=points))
-    caption = (f"One task ({screen.made['title']}, first test condition of split 0) and the answer of {p.meta['row']}, on "
-               f"principal components of the true cells; n = {len(p.target[0])} cells a population.")
+    caption = (f"One task ({screen.made['title']}, first test condition of split 0) and the answer of {p.meta['row']}, "
+               f"on principal components of the true cells; n = {len(p.target[0])} cells a population.")
     return panels, caption, []
 
 
@@ -563,7 +565,7 @@ def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
             curves = {label: array[..., i] for label, array in values.items()}
             if np.isfinite(list(curves.values())).any():  # AUPRC of SCM values, or where no gene changes, is not
                 n = len(curves[ROWS[row]])
-                panels.append(Panel(f"{title}, n = {n}", xlabel, metric, x, curves, bool(lines), ticks, lines, log))
+                panels.append(Panel(f"{title}\n(n = {n})", xlabel, metric, x, curves, bool(lines), ticks, lines, log))
         evidence += improvements(what, title, x, head["cells"], values)
     caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over n "
                "held-out systems, splits and draws" + ", each one's mean level taken out" * bool(lines) + ".")
@@ -607,8 +609,8 @@ def compute_coverage(s: Settings) -> tuple[list, str, list]:
                 evidence.append({"what": f"{title}, {what}: share in bins that the prior reaches", "error": None,
                                  "difference": counts[reached].sum() / counts.sum(), "n": int(counts.sum())})
         panels.append(Panel("", what, "density", log="y" * i, bins=bins, bars=bars))
-    caption = (f"The prior (at most {s.grns} systems) and the screens: expression in single cells, and fold change of a "
-               "gene's mean by a treatment. Not shown: values of 0 or out of range.")
+    caption = (f"The prior (at most {s.grns} systems) and the screens: expression in single cells, and fold change of "
+               "a gene's mean by a treatment. Not shown: values of 0 or out of range.")
     return panels, caption, evidence
 
 

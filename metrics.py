@@ -355,7 +355,10 @@ def up_to_date(path: Path) -> bool:
         return False
     if result.stat().st_mtime_ns < path.stat().st_mtime_ns:
         return False
-    return METRICS.keys() <= json.loads(result.read_text())["metrics"].keys()
+    try:
+        return METRICS.keys() <= json.loads(result.read_text())["metrics"].keys()
+    except (ValueError, KeyError, TypeError):  # damaged: to be made again
+        return False
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import functools
 import importlib
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -341,6 +342,32 @@ def read_leaves(path: Path, like) -> tuple[dict, PyTree]:
             reason = [*str(error).splitlines(), type(error).__name__][0]
             raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); "
                            "delete it to train anew") from None
+
+
+def run_folder(s, run: str, split: int) -> Path:
+    """Where a run of train.py keeps its model."""
+    return s.out / s.scale / "train" / run / f"split-{split}"
+
+
+def model_file(s, run: str, screen: str, split: int) -> Path:
+    """The model of a run to use for one split of a screen: the run's own for that split if it was trained on that
+    screen, and its first one otherwise.
+
+    Raises BadInput if there is none. (Models of other splits of a screen must not be used: their training conditions
+    may be this split's test conditions.)
+    """
+    first = run_folder(s, run, 0) / "model.eqx"
+    if first.is_file() and load_model(first)[0]["screen"] != screen:
+        return first
+    own = run_folder(s, run, split) / "model.eqx"
+    if not own.is_file():
+        raise BadInput(f"{own}: no such model; train.py --screen {screen} --name {run} makes it")
+    return own
+
+
+def checksum(path: Path) -> int:
+    """Tells one model file from another that was trained anew in its place."""
+    return zlib.crc32(path.read_bytes())
 
 
 def load_model(path: Path) -> tuple[dict, eqx.Module]:

@@ -10,7 +10,8 @@
 # Without a word: paper if there is an NVIDIA GPU, laptop otherwise. FILE is an .h5ad; --screen is a screen of your own. The
 # paper's two are downloaded where no file is given, but not at smoke scale; what is missing is left out, and tables say so.
 # Finished stages are skipped, interrupted ones go on: start it again after a stop. All seeds are 0.
-# Environment: PYTHON=python3.11 to install from, DEVICE=cpu|cuda12|cuda13 (default: by nvidia-smi), WORKERS=2.
+# Environment: PYTHON=python3.11 to install from, DEVICE=cpu|cuda12|cuda13 (default: by nvidia-smi),
+# WORKERS=2 processes for the tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 fail() { echo "error: $*" >&2; exit 2; }
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
       case "$1" in --leukemia) LEUKEMIA=$2 ;; --melanoma) MELANOMA=$2 ;; *) OWN+=("$2") ;; esac
       shift ;;
     --out) OUT=${2:?--out needs a folder}; shift ;;
-    -h|--help) sed -n '2,15s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
+    -h|--help) sed -n '2,16s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
     *) fail "unknown word '$1'; --help shows what there is" ;;
   esac
   shift
@@ -73,7 +74,7 @@ prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes
     stage "data: $name-wide" data.py --name "$name-wide" "$@" --splits 1 --genes $((2 * GENES)) "${TO[@]}" \
       || echo "   $name-wide is left out: no test-time augmentation"
   else
-    cat "$note" >&2
+    grep '^error: ' "$note" | tail -n 1 > "$note.1"; mv "$note.1" "$note"; cat "$note" >&2
     [[ "$*" != *--h5ad* ]] || exit 1  # a file that was given has to be usable; tables tell why a download is missing
   fi
 }
@@ -81,7 +82,7 @@ prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes
 if [ -n "$LEUKEMIA" ] || [ "$SCALE" != smoke ]; then
   prepare leukemia --dataset leukemia ${LEUKEMIA:+--h5ad "$LEUKEMIA"}
   # Its replicates as systems, where the file tells them apart: several systems of real cells (B.4), for the simple rows.
-  if [ -d "$ROOT/screens/leukemia/split-0" ] && "$PY" data.py --dataset leukemia --name replicates --system-col replicate \
+  if [ -d "$ROOT/screens/leukemia/split-0" ] && stage "data: replicates" data.py --dataset leukemia --name replicates --system-col replicate \
       ${LEUKEMIA:+--h5ad "$LEUKEMIA"} --min-cells $((MIN_CELLS / 2)) "${TO[@]}"; then
     stage "baselines: replicates" -m baselines --screen replicates "${TO[@]}" --methods identity target-only system-mean \
       additive target-gene bilinear-ridge constant-mean observed oracle

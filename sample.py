@@ -52,7 +52,7 @@ class Settings(EvaluationSettings):
     steps: int = 25  # Dopri5 steps of the flow [D9]
 
 
-CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: the fields of tasks.Given
+CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: what tasks.Given holds
 
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
 
@@ -144,10 +144,12 @@ def guidance_of(s, file: Path) -> float:
     It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned
     model with the weight of the model that it came from, and one that was never pre-trained with 2 (A.4).
     """
-    record = file.with_name("guidance.json")
+    record, weights = file.with_name("guidance.json"), model.checksum(file)
     if record.is_file():
         try:
-            return float(json.loads(record.read_text())["guidance"])
+            found = json.loads(record.read_text())
+            if found["weights"] == weights:  # else the model was trained anew
+                return float(found["guidance"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{record}: damaged; delete it, and the weight is chosen again") from None
     head, network = model.load_model(file)
@@ -156,10 +158,10 @@ def guidance_of(s, file: Path) -> float:
     if errors:
         best = min(errors, key=errors.get)
     elif head["init"]:
-        best = guidance_of(s, train.model_file(s, head["init"], head["screen"], tasks.split_number(file.parent)))
+        best = guidance_of(s, model.model_file(s, head["init"], head["screen"], tasks.split_number(file.parent)))
     else:
         best = 2.0
-    about = {"guidance": best, "validation_rmse": errors, "revision": scales.revision()}
+    about = {"guidance": best, "validation_rmse": errors, "weights": weights, "revision": scales.revision()}
     with scales.atomic(record) as temporary:
         temporary.write_text(json.dumps(about))
     return best
@@ -237,7 +239,7 @@ def most_experiments(screen: Screen) -> int:
     """Largest K that every test task of a screen can have."""
     held_out = (screen.split == tasks.TEST).any(axis=1)
     known = np.isin(screen.split[held_out, 1:], tasks.KNOWN).sum(axis=1)
-    return int(min(SLOTS, *known))
+    return int(min([SLOTS, *known]))
 
 
 class Job(NamedTuple):
@@ -258,11 +260,11 @@ def jobs(s: Settings) -> list[Job]:
     for word in s.model:
         row, _, run = word.rpartition("=")
         row = row or run
-        if Path(row).name != row or Path(run).name != run:
-            raise BadInput(f"--model {word}: expected RUN or ROW=RUN, names of folders and files, without '/'")
+        scales.check_name(row)
+        scales.check_name(run)
         for folder in tasks.splits(s):
             split, screen = tasks.split_number(folder), tasks.load_screen(folder)
-            file = train.model_file(s, run, s.screen, split)
+            file = model.model_file(s, run, s.screen, split)
             genes = model.load_model(file)[0]["genes"]
             if genes != len(screen.genes):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
@@ -296,26 +298,18 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
                                screen.log_expression, meta)
 
 
-def check(s: Settings) -> None:
-    """Raise BadInput for a setting that cannot be used, before any work."""
-    for name, least in {"steps": 1, "eval_cells": 1, "draws": 1, "seed": 0}.items():
-        if getattr(s, name) < least:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected at least {least}")
-
-
 def main() -> None:
     """Predict every test condition with the named runs of train.py, skipping the files that are finished."""
     s = scales.parse(Settings, lambda s: (tasks.section_of(s), "evaluate"))
-    train.use_all_cores(2)
-    check(s)
+    train.use_all_cores(2)  # tasks are solved two at a time
+    scales.check_least(s, {"steps": 1, "eval_cells": 1, "draws": 1, "seed": 0})
     todo = jobs(s)
-    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("out", "model")}
+    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("out", "model", "draws")}
     print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}: {len(todo)} files", flush=True)
     for job in tqdm(todo, unit="file"):
         path = tasks.samples_file(s, job.row, job.split, job.draw)
-        head, _ = model.load_model(job.file)
-        settings = kept | {"run": job.run, "model": head["fingerprint"], "data": job.screen.made["fingerprint"]}
+        settings = kept | {"weights": model.checksum(job.file), "data": job.screen.made["fingerprint"]}
         if not metrics.finished(path, settings):
             metrics.save_predictions(path, predict(s, job, settings))
     print(f"predictions in {s.out / s.scale / 'samples' / s.screen}", flush=True)

@@ -29,7 +29,7 @@ TABLE = {
         "depth":                 (2,          4),            # MMDiT blocks
         "heads":                 (2,          4),            # attention heads
         "registers":             (2,          8),            # register tokens
-        "ema":                   (0.9,     0.99),            # decay of the averaged weights
+        "ema":                   (0.9,     0.99),            # decay of the averaged weights [D8]
         "film_query":            (True,    True),            # the query modulates every token [D34]
         "treatment_gain":        (10.0,    10.0),            # of the initial weights of the treatment stream [D11]
         "skip":                  (True,    True),            # predict what is to be added to N(0, I)'s velocity [D12]
@@ -183,6 +183,20 @@ def parse(settings_class, sections, argv: list[str] | None = None):
     return tyro.cli(settings_class, default=dataclasses.replace(given, **changed), args=argv)
 
 
+def check_least(s, least: dict) -> None:
+    """Raise BadInput for the first setting that is smaller than it can be, before any work."""
+    for name, smallest in least.items():
+        value = getattr(s, name)
+        if not value >= smallest:  # not a number is refused too
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected at least {smallest}")
+
+
+def check_name(name: str) -> None:
+    """Raise BadInput unless this can be the name of a folder or file, here and nowhere else."""
+    if Path(name).name != name or name == "..":
+        raise BadInput(f"'{name}': expected the name of a folder, without '/'")
+
+
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -234,13 +248,13 @@ def revision() -> str:
 # ----------------------------------------------------------------------------------------------------------- randomness
 
 # What a random number is used for. Numbers for different uses never come from the same stream, whatever the seed.
-USES = ("prior", "split", "tasks", "validation", "evaluation", "experiments", "sampling", "baseline", "figure",
+STREAMS = ("prior", "split", "tasks", "validation", "evaluation", "experiments", "sampling", "baseline", "figure",
         "initialisation", "updates")
 
 
 def generator(use: str, *numbers: int) -> np.random.Generator:
     """NumPy's generator for one use and one tuple of numbers (the seed first), such as ("tasks", seed, update)."""
-    return np.random.default_rng([USES.index(use), len(numbers), *numbers])  # length: NumPy pads with zeros
+    return np.random.default_rng([STREAMS.index(use), len(numbers), *numbers])  # length: NumPy pads with zeros
 
 
 def key(use: str, *numbers: int):

@@ -343,7 +343,10 @@ def missing_sections(root: Path, screens: list[Results], document: dict) -> list
 def figure_section(root: Path, document: dict) -> list[str]:
     """Every figure with its caption, or the reason why there is none."""
     for file in (root / "figures").glob("*.json"):
-        document["figures"][file.stem] = json.loads(file.read_text())
+        try:
+            document["figures"][file.stem] = dict(json.loads(file.read_text()))
+        except ValueError:
+            raise BadInput(f"{file}: damaged; delete it and run figures.py again") from None
     lines = ["## Figures", ""]
     for name, figure in sorted(document["figures"].items(), key=lambda item: item[1]["title"]):
         lines += [f"### {figure['title']}", ""]
@@ -390,7 +393,8 @@ def run_section(root: Path, document: dict) -> list[str]:
     if (root / "times.csv").is_file():  # by run_all.sh
         for line in (root / "times.csv").read_text().splitlines():
             stage, _, seconds = line.rpartition(",")  # a title may contain commas
-            times[stage] = times.get(stage, 0) + float(seconds)
+            if seconds.isdigit():
+                times[stage] = times.get(stage, 0) + int(seconds)
         times["all"] = sum(times.values())
     document |= {"revision": scales.revision(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                  "machine": platform.machine(), "versions": versions, "seconds": times}

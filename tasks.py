@@ -36,10 +36,11 @@ import scales
 from scales import BadInput
 
 CONTROL = 0  # index of the control condition on the treatment axis
-# What a condition is used for. CONTEXT: of a held-out system, known there and given as context, but no model is
-# pre-trained on it; baselines, which cannot be told of a system in any other way, are fitted to it (B.4).
-USES = ABSENT, TRAIN, VALIDATION, TEST, CONTEXT = -1, 0, 1, 2, 3
-KNOWN = (TRAIN, CONTEXT)
+# What a condition is used for. KNOWN_ONLY: of a system that a prior holds out, known there, so that it can be a context
+# experiment, but nothing is pre-trained on it; baselines, which cannot be told of a system in any other way, are fitted
+# to it (B.4). Context experiments are drawn from TRAIN and KNOWN_ONLY conditions.
+USES = ABSENT, TRAIN, VALIDATION, TEST, KNOWN_ONLY = -1, 0, 1, 2, 3
+KNOWN = (TRAIN, KNOWN_ONLY)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
     with scales.atomic(folder) as temporary:
         temporary.mkdir()
         with open(temporary / "cells.npy", "wb") as file:  # not a memory map: on a full disk that kills the process
-            header = {"descr": "<f4", "fortran_order": False, "shape": (int(count.sum()), count_genes(treatments))}
+            header = {"descr": "<f4", "fortran_order": False, "shape": (int(count.sum()), treatments.shape[-1])}
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
                 block = np.ascontiguousarray(block, "<f4")
@@ -230,11 +231,6 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
                             treatments=treatments.astype(np.float32))
         about = names | {"log_expression": log_expression, "made": made | {"fingerprint": fingerprint}}
         (temporary / "screen.json").write_text(json.dumps(about, default=str))
-
-
-def count_genes(treatments: Float[np.ndarray, "S T D"]) -> int:
-    """D."""
-    return treatments.shape[-1]
 
 
 def load_screen(folder: Path) -> Screen:

@@ -221,7 +221,8 @@ def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | Non
 
 
 def make_validation(s: Settings, static: PyTree, batch: Task | None) -> Callable[[State], float]:
-    """Loss of the EMA weights on these tasks, always with the same times and noise. It computes, and changes nothing.
+    """Loss of the EMA weights on these tasks, always with the same times and noise, and never without condition. It
+    computes, and changes nothing.
 
     [D7] paper: silent; released code: a validation batch goes through the training step and so updates weights, also on
     the real cells that zero-shot results are reported on; here it is a function of the state that returns a number.
@@ -277,10 +278,13 @@ def seconds(log: Path) -> float:
     return round(total, 1)
 
 
-def header(s: Settings, screen: Screen) -> dict:
-    """What decides the result: settings, and the data, by a fingerprint of their values."""
+def header(s: Settings, folder: Path, screen: Screen) -> dict:
+    """What decides the result: settings, the data, by a fingerprint of their values, and the weights to start from."""
     decisive = {name: value for name, value in dataclasses.asdict(s).items() if name not in REPORTING}
-    return decisive | {"genes": len(screen.genes), "fingerprint": screen.made["fingerprint"]}
+    decisive |= {"genes": len(screen.genes), "fingerprint": screen.made["fingerprint"]}
+    if s.init:
+        decisive["weights"] = model.checksum(model.model_file(s, s.init, s.screen, tasks.split_number(folder)))
+    return decisive
 
 
 def check_same(path: Path, head: dict, wanted: dict) -> None:
@@ -300,7 +304,7 @@ def start(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
     path = folder / "checkpoint.eqx"
     if path.is_file():
         def like(head):
-            check_same(path, head, header(s, screen))
+            check_same(path, head, header(s, folder, screen))
             return state
 
         _, state = model.read_leaves(path, like)
@@ -309,7 +313,7 @@ def start(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
 
 def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
     """The weights that fine-tuning starts from. Raises BadInput if they are of another architecture."""
-    path = model_file(s, s.init, s.screen, tasks.split_number(folder))
+    path = model.model_file(s, s.init, s.screen, tasks.split_number(folder))
     head, pretrained = model.load_model(path)
     for field in dataclasses.fields(Architecture):
         name, wanted = field.name, getattr(s, field.name)
@@ -323,11 +327,8 @@ def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
 
 def check(s: Settings) -> None:
     """Raise BadInput for a setting that cannot be used, before any work."""
-    least = {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0, "log_every": 1,
-             "validate_every": 1, "snapshots": 0, "learning_rate": 1e-12, "clip": 1e-12}
-    for name, smallest in least.items():
-        if not getattr(s, name) >= smallest:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected at least {smallest}")
+    scales.check_least(s, {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0,
+                           "log_every": 1, "validate_every": 1, "snapshots": 0, "learning_rate": 1e-12, "clip": 1e-12})
     for name in ("warmup", "decay", "drop_condition"):
         if not 0 <= getattr(s, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
@@ -338,9 +339,8 @@ def check(s: Settings) -> None:
     if s.micro_batch % jax.device_count():
         raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "
                        f"{jax.device_count()}")
-    for name in (s.name, s.init):
-        if Path(name).name != name:
-            raise BadInput(f"'{name}': the name of a run is the name of a folder, without '/'")
+    scales.check_name(s.name)
+    scales.check_name(s.init)
 
 
 def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None) -> Callable:
@@ -351,7 +351,8 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     mesh = Mesh(np.array(jax.devices()), ("data",))
     first = update_tasks(s, screen, 0)  # a bad combination of screen, K and N shows here, before anything is written
     state, static = start(s, folder, screen)
-    head = header(s, screen) | {"revision": scales.revision(), "parameters": model.count_parameters(state.parameters)}
+    head = header(s, folder, screen) | {"revision": scales.revision()}
+    head["parameters"] = model.count_parameters(state.parameters)
     update = update_function or make_update(s, static, mesh)
     validate = make_validation(s, static, validation_tasks(s, screen))
     key, done = scales.key("updates", s.seed), int(state.update)
@@ -385,7 +386,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
             if time.monotonic() - saved > s.checkpoint_seconds and i < s.updates:  # only right after a row of the log
                 model.write_leaves(folder / "checkpoint.eqx", head | {"update": i}, state)
                 saved = time.monotonic()
-        if s.snapshots and i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:
+        if i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:  # another 1 / snapshots of the run is done
             model.write_leaves(folder / "snapshots" / f"update-{i}.eqx", head | {"update": i}, averaged(s, state))
         bar.update()
     bar.close()
@@ -395,28 +396,6 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
-
-
-def run_folder(s, run: str, split: int) -> Path:
-    """Where a run keeps its model."""
-    return s.out / s.scale / "train" / run / f"split-{split}"
-
-
-def model_file(s, run: str, screen: str, split: int) -> Path:
-    """The model of a run to use for one split of a screen: the run's own for that split if it was trained on that
-    screen, and its only one otherwise.
-
-    Raises BadInput if there is none, or if the run has seen other splits of this screen only: their training
-    conditions may be this split's test conditions.
-    """
-    own = run_folder(s, run, split) / "model.eqx"
-    only = run_folder(s, run, 0) / "model.eqx"
-    if not own.is_file() and only.is_file():
-        if model.load_model(only)[0]["screen"] != screen:
-            return only
-    if not own.is_file():
-        raise BadInput(f"{own}: no such model; train.py --screen {screen} --name {run} makes it")
-    return own
 
 
 def use_all_cores(share: int) -> None:
@@ -444,10 +423,10 @@ def main() -> None:
     for path in tasks.splits(s):
         screen, split = tasks.load_screen(path), tasks.split_number(path)
         run = dataclasses.replace(s, seed=s.seed + split)
-        folder = run_folder(s, s.name or s.screen, split)
+        folder = model.run_folder(s, s.name or s.screen, split)
         finished = folder / "model.eqx"
         if finished.is_file():
-            check_same(finished, model.load_model(finished)[0], header(run, screen))
+            check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
             print(f"{folder}: already trained")
             continue
         update = train(run, folder, screen, update)

@@ -26,7 +26,7 @@ from tasks import CONTROL, KNOWN, Screen
 
 
 def known_conditions(screen: Screen) -> Bool[np.ndarray, "S T"]:
-    """Conditions that a baseline is fitted to: TRAIN and CONTEXT (B.4), and controls. Raises BadInput if none is."""
+    """Conditions that a baseline is fitted to: TRAIN and KNOWN_ONLY (B.4), and controls. Raises BadInput if none is."""
     known = np.isin(screen.split, KNOWN) & (screen.count > 0)
     known[:, CONTROL] = screen.count[:, CONTROL] > 0
     known &= known[:, [CONTROL]]

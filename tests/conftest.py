@@ -44,6 +44,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
     """A small run on linear SCMs, undisturbed: 120 updates, in the place where sample.py looks for it."""
+    import model
     import tasks
     import train
 
@@ -53,7 +54,7 @@ def trained(tmp_path_factory) -> Trained:
         learning_rate=3e-3, warmup=0.1, weight_decay=1e-2, ema=0.98, log_every=1, validate_every=1000,
         out=tmp_path_factory.mktemp("out"))
     write_linear(settings.out / "smoke" / "screens" / "dags")
-    folder, (path,) = train.run_folder(settings, "dags", 0), tasks.splits(settings)
+    folder, (path,) = model.run_folder(settings, "dags", 0), tasks.splits(settings)
     screen = tasks.load_screen(path)
     return Trained(settings, folder, screen, train.train(settings, folder, screen))
 

@@ -17,7 +17,7 @@ import scales
 import tasks
 from baselines import cellflow, condot, cpa, fitting, mfm, simple, state
 from scales import BadInput
-from tasks import ABSENT, CONTEXT, TEST, TRAIN, VALIDATION, Screen
+from tasks import ABSENT, KNOWN_ONLY, TEST, TRAIN, VALIDATION, Screen
 
 GENES, POOL, CELLS, SYSTEMS, UNSEEN = 6, 60, 30, 3, 6  # treatment UNSEEN is known nowhere
 LEVELS = np.array([0.0, 2.0, 1.0])  # of the systems: the last, with the test conditions, lies between the others
@@ -39,12 +39,12 @@ def screen_of(cells, split, *, log_expression=False, value=0.8) -> Screen:
 
 def make_screen(effects=EFFECTS, *, level=0.0, **more) -> Screen:
     """Cells of (s, t) are N(level + LEVELS[s], 1/4) + effects[(s,) t]. In the last system treatments 2 and 4 are TEST,
-    the others CONTEXT; UNSEEN is TEST there and absent elsewhere."""
+    the others KNOWN_ONLY; UNSEEN is TEST there and absent elsewhere."""
     rng = np.random.default_rng(0)
     effects = np.broadcast_to(effects, (SYSTEMS, GENES + 1, GENES))
     cells = rng.normal(0, 0.5, (SYSTEMS, GENES + 1, POOL, GENES)) + effects[:, :, None]
     split = np.full((SYSTEMS, GENES + 1), TRAIN)
-    split[:-1, UNSEEN], split[-1] = ABSENT, CONTEXT
+    split[:-1, UNSEEN], split[-1] = ABSENT, KNOWN_ONLY
     split[-1, 2::2] = TEST
     return screen_of(cells + level + LEVELS[:, None, None, None], split, **more)
 
@@ -220,7 +220,7 @@ def test_simple_rows_look_at_known_cells_only(row, use):
 
     assert np.array_equal(cells_from(screen), cells_from(hidden(screen, use)))
     if row not in ("identity", "target-only", "target-gene"):
-        assert not np.allclose(cells_from(screen), cells_from(with_split(screen, CONTEXT, ABSENT)))
+        assert not np.allclose(cells_from(screen), cells_from(with_split(screen, KNOWN_ONLY, ABSENT)))
 
 
 @pytest.mark.parametrize("row", ["additive", "condot"])
@@ -298,7 +298,7 @@ def test_unseen_treatments(row):
 
 def test_an_untrained_column_can_be_asked_for():
     """With unseen = "random" the one-hot of a gene or system that was never trained on is given as it is."""
-    screen = with_split(make_screen(), CONTEXT, ABSENT)
+    screen = with_split(make_screen(), KNOWN_ONLY, ABSENT)
     screen.count[2, 0] = 0
     method, cells = fit("cpa", screen, unseen="random", updates=0), screen.pool(0, 0)
     assert not np.array_equal(moved_by(method, UNSEEN, 0), moved_by(method, 0, 0))

@@ -15,7 +15,7 @@ import scipy.stats
 import prior
 import tasks
 from scales import BadInput
-from tasks import ABSENT, CONTEXT, CONTROL, TEST, TRAIN, VALIDATION
+from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION
 
 
 def rng(seed=0):
@@ -90,8 +90,8 @@ def test_linear_screen(tmp_path, monkeypatch):
     assert (screen.count[:5] == 64).all() and (screen.count[5:] == 500).all()
     for systems, use, asked in ((slice(0, 5), TRAIN, 8), (slice(5, 9), VALIDATION, 3), (slice(9, 11), TEST, 3)):
         wanted = screen.split[systems] == use
-        assert (wanted.sum(axis=1) == asked).all() and (screen.split[systems][~wanted] == CONTEXT).all()
-    assert (screen.split[5:, CONTROL] == CONTEXT).all()
+        assert (wanted.sum(axis=1) == asked).all() and (screen.split[systems][~wanted] == KNOWN_ONLY).all()
+    assert (screen.split[5:, CONTROL] == KNOWN_ONLY).all()
     for s, t in np.ndindex(11, 8):
         pool, unit, treatment = screen.pool(s, t), np.ones(7), np.zeros(7)
         if t != CONTROL:  # every variable has unit variance, but the one that was set, which keeps its value

@@ -232,6 +232,9 @@ def test_guidance_is_chosen_on_validation_tasks(trained, settings, monkeypatch, 
     test = trained.screen.treatments[trained.screen.split == TEST]
     assert not set(asked[0].max(-1).tolist()) & set(test.max(-1).tolist())
     assert sample.guidance_of(settings, elsewhere) == 1.5 and len(asked) == len(sample.GUIDANCE)
+    head, network = model.load_model(elsewhere)
+    model.write_leaves(elsewhere, head | {"note": "trained anew"}, network)
+    assert sample.guidance_of(settings, elsewhere) == 1.5 and len(asked) == 2 * len(sample.GUIDANCE)
     elsewhere.with_name("guidance.json").write_text("{}")
     with pytest.raises(BadInput, match="guidance.json"):
         sample.guidance_of(settings, elsewhere)
@@ -246,7 +249,8 @@ def test_without_validation_conditions_guidance_is_inherited(trained, settings, 
     parent = trained.settings.out / "smoke" / "train" / "parent" / "split-0"
     parent.mkdir(parents=True, exist_ok=True)
     (parent / "model.eqx").write_bytes((trained.folder / "model.eqx").read_bytes())
-    (parent / "guidance.json").write_text('{"guidance": 3.0}')
+    weights = model.checksum(parent / "model.eqx")
+    (parent / "guidance.json").write_text(json.dumps({"guidance": 3.0, "weights": weights}))
     assert sample.guidance_of(settings, elsewhere) == expected
 
 
@@ -286,7 +290,7 @@ def test_most_experiments_is_what_every_test_task_can_have(trained):
 
 
 @pytest.mark.parametrize("changed, named", [
-    ({"model": ()}, "--model"), ({"model": ("a/b=dags",)}, "a/b=dags"), ({"model": ("none",)}, "none/split-0"),
+    ({"model": ()}, "--model"), ({"model": ("a/b=dags",)}, "a/b"), ({"model": ("none",)}, "none/split-0"),
     ({"screen": "nothing"}, "nothing"), ({"steps": 0}, "--steps 0"), ({"eval_cells": 0}, "--eval-cells 0"),
     ({"draws": -1}, "--draws -1")])
 def test_bad_settings_are_refused_before_work(stage, settings, monkeypatch, changed, named):

@@ -9,12 +9,12 @@ import scipy.stats
 
 import tasks
 from scales import BadInput
-from tasks import ABSENT, CONTEXT, CONTROL, TEST, TRAIN, VALIDATION, Screen, evaluation_tasks, sample_tasks
+from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION, Screen, evaluation_tasks, sample_tasks
 
 MIXED = [
     [TRAIN, TRAIN, TRAIN, TRAIN, TEST, VALIDATION, TEST],
     [TRAIN, TRAIN, ABSENT, TRAIN, TRAIN, TRAIN, VALIDATION],
-    [TRAIN, CONTEXT, CONTEXT, CONTEXT, TEST, VALIDATION, ABSENT],
+    [TRAIN, KNOWN_ONLY, KNOWN_ONLY, KNOWN_ONLY, TEST, VALIDATION, ABSENT],
 ]
 
 
@@ -65,7 +65,7 @@ def test_populations_of_a_task_come_from_where_they_should(split):
     s, query = np.divmod(target[:, 0], 7)
     used = context[..., 0]
     assert (controls == s[:, None] * 7 + CONTROL).all() and (used // 7 == s[:, None]).all()
-    allowed = [TRAIN] if split == TRAIN else [TRAIN, CONTEXT]  # training tasks never meet a held-out system
+    allowed = [TRAIN] if split == TRAIN else [TRAIN, KNOWN_ONLY]  # training tasks never meet a held-out system
     assert np.isin(screen.split.ravel()[used], allowed).all() and (used % 7 != CONTROL).all()
     assert (used % 7 != query[:, None]).all() and (used[:, 0] != used[:, 1]).all()
     assert (screen.split[s, query] == split).all()
@@ -124,7 +124,7 @@ def test_too_many_context_experiments(split, most):
 
 def test_evaluation_tasks_cover_the_split_in_order():
     """There is one task per test condition, in order, and every population is of its own condition. A held-out system
-    is given its CONTEXT experiments, and these are no training queries."""
+    is given its KNOWN_ONLY experiments, and these are no training queries."""
     screen = make_screen()
     task = evaluation_tasks(screen, 10, 3)
     assert list(zip(task.system, task.treatment)) == [(0, 4), (0, 6), (2, 4)]

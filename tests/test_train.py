@@ -327,7 +327,7 @@ def stopped(trained, beginning, tmp_path):
     """A folder with the checkpoint of a run that was stopped, and says so, at update 7."""
     state = jax.tree.map(jnp.asarray, beginning[0])
     state = state._replace(update=jnp.full_like(state.update, 7))
-    model.write_leaves(tmp_path / "checkpoint.eqx", train.header(trained.settings, trained.screen), state)
+    model.write_leaves(tmp_path / "checkpoint.eqx", train.header(trained.settings, tmp_path, trained.screen), state)
     return tmp_path
 
 
@@ -377,11 +377,11 @@ def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
 def test_a_model_of_other_splits_is_not_used(trained):
     """A run on this screen has a model for each split; what another split was trained on may be tested here."""
     s = trained.settings
-    assert train.model_file(s, "dags", "dags", 0) == train.model_file(s, "dags", "leukemia", 3)
+    assert model.model_file(s, "dags", "dags", 0) == model.model_file(s, "dags", "leukemia", 3)
     with pytest.raises(BadInput, match="split-3/model.eqx"):
-        train.model_file(s, "dags", "dags", 3)
+        model.model_file(s, "dags", "dags", 3)
     with pytest.raises(BadInput, match="nothing/split-0"):
-        train.model_file(s, "nothing", "leukemia", 0)
+        model.model_file(s, "nothing", "leukemia", 0)
 
 
 @pytest.mark.parametrize("changed", [
