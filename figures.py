@@ -80,6 +80,7 @@ class Shown(NamedTuple):
     name: str
     screen: Screen  # split 0
     runs: dict[str, str]  # row of the tables -> run of train.py
+    weights: dict[str, int]  # likewise, checksum of the model
 
 
 def of_screen(s: Settings, name: str) -> sample.Settings:
@@ -96,12 +97,12 @@ def all_screens(s: Settings) -> list[Shown]:
     """Every screen that there is: the paper's data sets first, then by name."""
     found = []
     for folder in sorted((s.out / s.scale / "screens").glob("*/split-0")):
-        name, runs = folder.parent.name, {}
+        name, runs, weights = folder.parent.name, {}, {}
         for file in sorted((s.out / s.scale / "samples" / name).glob("[!.]*-split0-draw0.npz")):
             meta = metrics.load_predictions(file).meta
             if "model" in meta:
-                runs[meta["row"]] = meta["model"]
-        found.append(Shown(name, tasks.load_screen(folder), runs))
+                runs[meta["row"]], weights[meta["row"]] = meta["model"], meta["settings"].get("weights")
+        found.append(Shown(name, tasks.load_screen(folder), runs, weights))
     return sorted(found, key=lambda shown: not shown.screen.made.get("paper"))
 
 
@@ -257,9 +258,9 @@ def draw(document: dict, scale: str, path: Path) -> None:
 
 def first_prediction(s: Settings) -> tuple[Screen, Path, metrics.Predictions]:
     """Split 0, first draw, of the first screen with a fine-tuned model, else with any: not chosen for its looks."""
-    name, screen, runs = max(chosen(s, s.screens), key=lambda shown: FINETUNED in shown.runs)
-    file = tasks.samples_file(of_screen(s, name), list(runs)[-1], 0, 0)
-    return screen, file, metrics.load_predictions(file)
+    shown = max(chosen(s, s.screens), key=lambda shown: FINETUNED in shown.runs)
+    file = tasks.samples_file(of_screen(s, shown.name), list(shown.runs)[-1], 0, 0)
+    return shown.screen, file, metrics.load_predictions(file)
 
 
 def do(screen: Screen, treatment: Float[np.ndarray, "D"]) -> str:
@@ -314,8 +315,9 @@ def compute_prediction(s: Settings) -> tuple[list, str, list]:
 def compute_split(s: Settings) -> tuple[list, str, list]:
     """Use and number of cells of each condition in split 0, of every screen with few enough systems to show."""
     panels = []
-    for name, screen, _ in all_screens(s):
-        if len(screen.systems) <= 10 and not name.endswith("-wide"):
+    for shown in all_screens(s):
+        screen = shown.screen
+        if len(screen.systems) <= 10 and not shown.name.endswith("-wide"):
             boxes = {}
             for system, split, count in zip(screen.systems, screen.split.tolist(), screen.count.tolist()):
                 letters = [USES[use] for use in split]
@@ -472,29 +474,23 @@ def tta_points(s: Settings, e: Evaluation, size: int, network: eqx.Module, guida
     return curves
 
 
-def values_of(s: Settings, what: str, splits: list[Screen], most: int, trained: int) -> list:
-    """The values of what varies: K is at most `most`, and no population is asked for more cells than it has."""
-    if what == "context":
-        return [k for k in s.contexts if k <= most]
-    if what == "guidance":
-        return list(s.weights)
-    if what == "steps":
-        return [n for n in s.ode_steps if n < s.ode_reference]
-    if what == "tta":
-        return [0, 1, 2]
-    cells = s.most_cells
+def cells_given(s: Settings, splits: list[Screen], trained: int) -> list[int]:
+    """Multiples of the cells in training, up to the limit and to the smallest population that is given."""
+    most = s.most_cells
     for screen in splits:
         count = screen.count[(screen.split == TEST).any(axis=1)]
-        cells = min(cells, int(count[count > 0].min()))
-    return sorted({min(cells, max(2, round(multiple * trained))) for multiple in s.multiples})
+        most = min(most, int(count[count > 0].min()))
+    return sorted({min(most, max(2, round(multiple * trained))) for multiple in s.multiples})
 
 
 def wide_screens(s: Settings) -> list[Shown]:
     """NAME-wide, with more genes, of each screen NAME that the pre-trained model has predicted."""
     found = []
-    for name, _, runs in chosen(s, s.screens):
-        if PRETRAINED in runs and (s.out / s.scale / "screens" / f"{name}-wide").is_dir():
-            found.append(Shown(f"{name}-wide", load_first(s, f"{name}-wide"), {PRETRAINED: runs[PRETRAINED]}))
+    for shown in chosen(s, s.screens):
+        wide = f"{shown.name}-wide"
+        if PRETRAINED in shown.runs and (s.out / s.scale / "screens" / wide).is_dir():
+            runs = {PRETRAINED: shown.runs[PRETRAINED]}
+            found.append(shown._replace(name=wide, screen=load_first(s, wide), runs=runs))
     if not found:
         raise BadInput(f"no screen NAME-wide of a predicted screen NAME in {s.out / s.scale / 'screens'}; "
                        "data.py --name NAME-wide with twice the --genes makes it")
@@ -556,7 +552,9 @@ def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
                 lines["as in training"] = head[what]
         splits = [tasks.load_screen(folder) for folder in tasks.splits(of_screen(s, shown.name))[: s.splits]]
         context = min(sample.most_experiments(screen) for screen in splits)
-        x = values_of(s, what, splits, context, head["cells"])
+        x = {"context": [k for k in s.contexts if k <= context], "cells": cells_given(s, splits, head["cells"]),
+             "guidance": list(s.weights), "steps": [n for n in s.ode_steps if n < s.ode_reference],
+             "tta": [0, 1, 2]}[what]
         ticks = [f"{value:g}" for value in x]
         if what == "tta":
             context, ticks = min(context, head["context"]), WAYS
@@ -591,11 +589,12 @@ def values_of_screen(screen: Screen, systems: int | None = None) -> list[Float[n
 def compute_coverage(s: Settings) -> tuple[list, str, list]:
     """The prior of the pre-trained model, and every screen of log-expression that was predicted."""
     found = [shown for shown in chosen(s, len(all_screens(s))) if shown.screen.log_expression]
-    priors = [model_of(s, name, runs[PRETRAINED])[0]["screen"] for name, _, runs in found if PRETRAINED in runs]
-    if not priors:
+    zero_shot = [shown for shown in found if PRETRAINED in shown.runs]
+    if not zero_shot:
         raise BadInput(f"no predictions of {PRETRAINED} in {s.out / s.scale / 'samples'}; sample.py makes them")
-    values = {"prior": values_of_screen(load_first(s, priors[0]), s.grns)}
-    values |= {screen.made["title"]: values_of_screen(screen) for _, screen, _ in found}
+    head, _, _ = model_of(s, zero_shot[0].name, zero_shot[0].runs[PRETRAINED])
+    values = {"prior": values_of_screen(load_first(s, head["screen"]), s.grns)}
+    values |= {shown.screen.made["title"]: values_of_screen(shown.screen) for shown in found}
     panels, evidence = [], []
     for i, (what, bins) in enumerate(BINS.items()):
         bars = {}
@@ -658,8 +657,8 @@ def main() -> None:
     print(f"figures.py {json.dumps(settings)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}; all take 1 minute at smoke, 6 at laptop scale on two cores", flush=True)
     screens = {}  # if one of them or what has predicted it changes, figures are computed again
-    for name, screen, runs in all_screens(s):
-        screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs}
+    for name, screen, runs, weights in all_screens(s):
+        screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs, "weights": weights}
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
         document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
