@@ -8,64 +8,50 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from test_baselines import GENES, OPTIONS, fitted, make_screen, moved_by, one_hot
+from test_baselines import GENES, OPTIONS, fitted, make_screen, one_hot
 
 from baselines import condot, fitting
-from baselines.condot import Potential
 
 SMALL = OPTIONS["condot"]
 transport = eqx.filter_jit(condot.transport)
 
 
-def potential(seed=0, genes=GENES, **changes) -> Potential:
-    return Potential(genes, dataclasses.replace(SMALL, **changes), key=jr.key(seed))
+def potential(seed=0, **changes) -> condot.Potential:
+    return condot.Potential(GENES, dataclasses.replace(SMALL, **changes), key=jr.key(seed))
 
 
-def random_weights(seed=0) -> Potential:
-    """A potential far from any initialisation, with Wz >= 0."""
-    f = potential(seed, identity_init=False)
-    keys = iter(jr.split(jr.key(seed), len(jax.tree.leaves(f))))
-    return condot.clamp(jax.tree.map(lambda x: x + 0.3 * jr.normal(next(keys), x.shape), f))
-
-
-@pytest.mark.parametrize("genes, hidden, layers", [(4, 16, 2), (20, 64, 4)])
-def test_identity_at_the_start(genes, hidden, layers):
+def test_identity_at_the_start():
     """T(x) = x within 1e-3 for any treatment at initialisation; an ordinary initialisation is far from that."""
-    x = jr.normal(jr.key(1), (50, genes)) + 1
-    for seed, treatment in enumerate((jnp.zeros(genes), 1.5 * jnp.eye(genes)[2])):
-        start = potential(seed, genes, hidden=hidden, layers=layers)
-        np.testing.assert_allclose(transport(start, x, treatment), x, atol=1e-3)
-        ordinary = potential(seed, genes, hidden=hidden, layers=layers, identity_init=False)
-        assert jnp.abs(transport(ordinary, x, treatment) - x).mean() > 0.3
+    x = jr.normal(jr.key(1), (50, GENES)) + 1
+    for seed, treatment in enumerate((jnp.zeros(GENES), 1.5 * jnp.eye(GENES)[2])):
+        np.testing.assert_allclose(transport(potential(seed), x, treatment), x, atol=1e-3)
+        assert jnp.abs(transport(potential(seed, identity_init=False), x, treatment) - x).mean() > 0.3
 
 
-def test_convex_in_the_cell():
-    """Whatever the weights, f with Wz >= 0 is nowhere above its chords in x; with a negative Wz it is somewhere."""
-    a, b = 3 * jr.normal(jr.key(1), (2, 500, GENES))
-    t = jnp.eye(GENES)[0]
+def test_convex_and_its_gradient():
+    """Whatever the weights, f with Wz >= 0 is nowhere above its chords in x, and with a negative Wz it is somewhere;
+    T equals finite differences of f."""
+    start = potential(identity_init=False)
+    keys = iter(jr.split(jr.key(0), len(jax.tree.leaves(start))))
+    f = condot.clamp(jax.tree.map(lambda x: x + 0.3 * jr.normal(next(keys), x.shape), start))
+    t, (a, b) = jnp.eye(GENES)[1], 3 * jr.normal(jr.key(1), (2, 200, GENES))
+    value = eqx.filter_jit(jax.vmap(lambda f, x: f(x, t), (None, 0)))
 
-    @eqx.filter_jit
     def above(f):
-        value = jax.vmap(f, (0, None))
-        return jnp.max(value((a + b) / 2, t) - (value(a, t) + value(b, t)) / 2)
+        return jnp.max(value(f, (a + b) / 2) - (value(f, a) + value(f, b)) / 2)
 
-    f = random_weights()
     assert above(f) < 1e-3
     assert above(eqx.tree_at(lambda f: f.layers[-1].convex, f, -f.layers[-1].convex - 0.1)) > 0.1
-
-
-def test_map_is_the_gradient():
-    """T equals finite differences of the potential."""
-    g, x, t, h = random_weights(), jr.normal(jr.key(1), (GENES,)), jnp.eye(GENES)[1], 1e-2
-    slopes = [(g(x + h * e, t) - g(x - h * e, t)) / (2 * h) for e in jnp.eye(GENES)]
-    np.testing.assert_allclose(transport(g, x[None], t)[0], jnp.stack(slopes), rtol=2e-2, atol=2e-2)
+    x, step = a[0] / 3, 1e-2 * jnp.eye(GENES)
+    slopes = (value(f, x + step) - value(f, x - step)) / 2e-2
+    np.testing.assert_allclose(transport(f, x[None], t)[0], slopes, rtol=2e-2, atol=2e-2)
 
 
 def test_one_quadratic_is_an_affine_map():
     """If all quadratics are alike, T(x) = A'A (x - m): what the network computes, and what one writes down."""
     a, m = jr.normal(jr.key(1), (GENES, GENES)), jr.normal(jr.key(2), (GENES,))
     g = eqx.tree_at(lambda g: (g.roots, g.centres), potential(), (jnp.tile(a, (GENES, 1, 1)), jnp.tile(m, (GENES, 1))))
-    x = 2 * jr.normal(jr.key(3), (30, GENES))
+    x = 2 * jr.normal(jr.key(3), (50, GENES))
     np.testing.assert_allclose(transport(g, x, jnp.eye(GENES)[1]), (x - m) @ (a.T @ a).T, rtol=1e-3, atol=5e-3)
 
 
@@ -99,10 +85,3 @@ def test_the_other_potential_goes_back():
     moved = transport(g, controls, treatment)
     back = transport(f, moved, treatment)
     assert jnp.abs(back - controls).mean() < 0.6 * jnp.abs(moved - controls).mean()
-
-
-def test_each_cell_moves_alone():
-    """One cell alone goes where it goes among others."""
-    cells = make_screen().pool(0, 0)
-    alone = moved_by(fitted("condot"), 1, cells=cells[:1])
-    np.testing.assert_allclose(alone, moved_by(fitted("condot"), 1, cells=cells)[:1], atol=1e-4)

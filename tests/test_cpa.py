@@ -28,36 +28,26 @@ def networks():
     return cpa.CPA.build(SMALL, jnp.zeros(GENES), SYSTEMS, False, key=jr.key(0))
 
 
-def predicted(treatment, decode, seed=0) -> np.ndarray:
-    """Cells of the last system, by the fitted method with another way to decode."""
-    other = object.__new__(cpa.CPA)
-    vars(other).update(vars(fitted("cpa")), options=dataclasses.replace(SMALL, decode=decode))
-    return moved_by(other, treatment, seed=seed)
-
-
-# ----------------------------------------------------------------------------------------------------- what it predicts
-
-
 @pytest.mark.parametrize("treatment", [0, 3])
 def test_a_sample_has_the_spread_of_cells_and_the_mean_has_not(treatment):
     """In known conditions decode = "sample" has the true variance within a half, "mean" clearly less, and both nearly
     the same mean; "mean" is deterministic, "sample" depends on the seed and only on it."""
-    mean, sample = predicted(treatment, "mean"), predicted(treatment, "sample")
-    truth = make_screen().pool(2, treatment).var(0).mean()
-    assert sample.var(0).mean() == pytest.approx(truth, rel=0.5)
-    assert mean.var(0).mean() < 0.8 * truth
+    def predicted(decode, seed=0):
+        other = object.__new__(cpa.CPA)  # the fitted method with another way to decode
+        vars(other).update(vars(fitted("cpa")), options=dataclasses.replace(SMALL, decode=decode))
+        return moved_by(other, treatment, seed=seed)
+
+    mean, sample, truth = predicted("mean"), predicted("sample"), make_screen().pool(2, treatment).var(0).mean()
+    assert sample.var(0).mean() == pytest.approx(truth, rel=0.5) and mean.var(0).mean() < 0.8 * truth
     np.testing.assert_allclose(mean.mean(0), sample.mean(0), atol=0.3)
-    assert np.array_equal(predicted(treatment, "mean", seed=1), mean)
-    assert np.array_equal(predicted(treatment, "sample"), sample)
-    assert not np.allclose(predicted(treatment, "sample", seed=1), sample)
+    assert np.array_equal(predicted("mean", seed=1), mean) and np.array_equal(predicted("sample"), sample)
+    assert not np.allclose(predicted("sample", seed=1), sample)
 
 
 def test_known_conditions_are_right():
     """Controls are moved by the treatment's shift in conditions that were trained on, though nothing pairs cells."""
-    screen, found = make_screen(), []
     conditions = [(0, 1), (0, 2), (1, 1), (1, 4), (2, 3)]
-    for s, t in conditions:
-        found.append((moved_by(fitted("cpa"), t, s) - screen.pool(s, 0)).mean(0))
+    found = [(moved_by(fitted("cpa"), t, s) - make_screen().pool(s, 0)).mean(0) for s, t in conditions]
     truth = EFFECTS[[t for _, t in conditions]]
     np.testing.assert_allclose(found, truth, atol=0.6)
     assert np.linalg.norm(found) / np.linalg.norm(truth) == pytest.approx(1, abs=0.1)
@@ -66,12 +56,11 @@ def test_known_conditions_are_right():
 def test_labels_enter_additively():
     """Decoding under (t, c) equals decoding the basal latent plus P(t) plus C(c); an unknown system adds nothing."""
     network, _ = fitted("cpa").networks
-    basal, _ = jax.vmap(network.encode)(jnp.asarray(make_screen().pool(2, 0)))
-    latent = basal + network.treatment(jnp.asarray(one_hot(2)))
+    controls = make_screen().pool(2, 0)
+    latent = jax.vmap(network.encode)(jnp.asarray(controls))[0] + network.treatment(jnp.asarray(one_hot(2)))
     for system, added in ((2, network.system(jnp.eye(SYSTEMS)[2])), (SYSTEMS, 0)):
         mean, _ = jnp.split(jax.vmap(network.decoder)(latent + added), 2, axis=-1)
-        found = moved_by(fitted("cpa"), 2, system, make_screen().pool(2, 0))
-        np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(moved_by(fitted("cpa"), 2, system, controls), mean, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_is_half_controls_with_labels(batch):
@@ -80,9 +69,6 @@ def test_a_batch_is_half_controls_with_labels(batch):
     t = np.where(np.any(batch.treatments, axis=1), 1 + np.argmax(batch.treatments, axis=1), 0)
     found = (np.asarray(batch.cells) - EFFECTS[t]).mean(1)
     np.testing.assert_allclose(found, LEVELS[np.argmax(batch.systems, axis=1)], atol=1)
-
-
-# ----------------------------------------------------------------------------------------------------------- the losses
 
 
 def test_the_two_sides_pull_in_opposite_directions(networks, batch):
@@ -100,8 +86,7 @@ def test_the_two_sides_pull_in_opposite_directions(networks, batch):
         adam = optax.adam(rate)
 
         def step(carry, key):
-            gradient = eqx.filter_grad(loss)(carry[0], key)
-            return fitting.update(adam, gradient, *carry), None
+            return fitting.update(adam, eqx.filter_grad(loss)(carry[0], key), *carry), None
 
         return fitting.scan(step, (model, adam.init(eqx.filter(model, eqx.is_array))), jr.split(jr.key(1), 40))[0][0]
 
@@ -116,24 +101,22 @@ def test_warm_up_is_without_adversaries(networks):
     """The weight of the adversaries is 0 in the first tenth of the updates, then at once what the options say; every
     step trains both sides."""
     data = fitting.training_cells(make_screen(), controls_too=True)
-    options = dataclasses.replace(SMALL, w_adv=3.0, adv_steps=2, updates=800)
-    adams, step = cpa.CPA.make_step(options)
+    adams, step = cpa.CPA.make_step(dataclasses.replace(SMALL, w_adv=3.0, adv_steps=2, updates=800))
     state = networks, tuple(adam.init(eqx.filter(n, eqx.is_array)) for adam, n in zip(adams, networks))
     step = eqx.filter_jit(step)
     results = [step(state, data, jnp.asarray(i), jr.key(2)) for i in (0, 79, 80)]
     first, last, after = (float(loss) for _, loss in results)
     chance = np.log(GENES + 1) + np.log(SYSTEMS)  # about the entropies of adversaries that have learnt nothing
     assert first == last and first - after == pytest.approx(3 * chance, rel=0.2)
-    for old, new in zip(networks, results[0][0][0]):
-        assert not eqx.tree_equal(old, new)
+    assert not any(eqx.tree_equal(old, new) for old, new in zip(networks, results[0][0][0]))
 
 
-def test_the_bound_by_another_route(networks, batch):
-    """The likelihood equals SciPy's normal density, the KL term an average of log q - log p over samples."""
-    network, _ = networks
+def test_the_losses_by_other_routes(networks, batch):
+    """The likelihood equals SciPy's normal density, the KL term an average of log q - log p over samples, the gradient
+    penalty the one from whole Jacobians, summed over the logits."""
+    network, adversaries = networks
     mean, log_variance = (np.asarray(x, float) for x in jax.vmap(network.encode)(batch.cells))
-    without, basal = cpa.negative_elbo(network, batch, 0.0, key=jr.key(4))
-    with_kl, _ = cpa.negative_elbo(network, batch, 1.0, key=jr.key(4))
+    (without, basal), (with_kl, _) = (cpa.negative_elbo(network, batch, w_kl, key=jr.key(4)) for w_kl in (0.0, 1.0))
     x, variance = (np.asarray(a, float) for a in jax.vmap(network.decode)(basal, batch.treatments, batch.systems))
     nll = -scipy.stats.norm.logpdf(batch.cells, x, np.sqrt(variance)).sum(1).mean()
     assert float(without) == pytest.approx(nll, rel=1e-4)
@@ -141,13 +124,6 @@ def test_the_bound_by_another_route(networks, batch):
     z = q.rvs((20_000, *mean.shape), random_state=0)
     kl = (q.logpdf(z) - scipy.stats.norm.logpdf(z)).sum(-1).mean()
     assert float(with_kl - without) == pytest.approx(kl, rel=0.05)
-
-
-def test_the_gradient_penalty_by_another_route(networks):
-    """The penalty equals the one from whole Jacobians, summed over the logits."""
-    _, adversaries = networks
-    basal = jr.normal(jr.key(6), (8, SMALL.latent))
-    expected = 0.0
-    for jacobian in jax.vmap(jax.jacfwd(adversaries))(basal):
-        expected += float((jacobian.sum(1) ** 2).mean())
+    jacobians = jax.vmap(jax.jacfwd(adversaries))(basal)
+    expected = sum(float((jacobian.sum(1) ** 2).mean()) for jacobian in jacobians)
     assert float(cpa.gradient_penalty(adversaries, basal)) == pytest.approx(expected, rel=1e-4)

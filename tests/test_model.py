@@ -17,12 +17,14 @@ from scales import BadInput
 from tasks import Given
 
 GENES, WIDTH, DEPTH, CELLS, EXPERIMENTS = 5, 16, 2, 6, 3
+ORDER, CELL_ORDER = np.array([2, 0, 1]), np.array([4, 2, 0, 5, 3, 1])  # of experiments and cells; none in its place
+TOLD = ("controls", "context", "context_treatments", "query")
 SMALL = Architecture(width=WIDTH, depth=DEPTH, heads=2, registers=2, remat=False)
 
 
-def shapes(genes=GENES, **changes):
+def shapes(**changes):
     """A network without numbers: shapes only, which takes neither time nor memory."""
-    return model.outline(dataclasses.replace(SMALL, **changes), genes)
+    return model.outline(dataclasses.replace(SMALL, **changes), GENES)
 
 
 def build(**changes) -> MapPFN:
@@ -35,17 +37,14 @@ def build(**changes) -> MapPFN:
     return jax.tree.map(fill, shapes(**changes))
 
 
-def inputs(seed=0, experiments=EXPERIMENTS, generated=CELLS, cells=CELLS, drop=False) -> dict:
+def inputs(seed=0, experiments=EXPERIMENTS, generated=CELLS, drop=False) -> dict:
     """Random inputs of the network by name. Treatments are dense, so that no weight is multiplied by zero."""
     rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    return {"y_tau": normal(generated, GENES), "tau": np.float32(rng.random()), "controls": normal(cells, GENES),
-            "context": normal(experiments, cells, GENES), "context_treatments": normal(experiments, GENES),
-            "query": normal(GENES), "slots": rng.permutation(SLOTS)[:experiments].astype(np.int32),
-            "drop": np.array(drop)}
+    sizes = {"y_tau": (generated,), "controls": (CELLS,), "context": (experiments, CELLS),
+             "context_treatments": (experiments,), "query": ()}
+    x = {name: rng.standard_normal((*size, GENES)).astype(np.float32) for name, size in sizes.items()}
+    slots = rng.permutation(SLOTS)[:experiments].astype(np.int32)
+    return x | {"tau": np.float32(rng.random()), "slots": slots, "drop": np.array(drop)}
 
 
 def call(network, x: dict):
@@ -62,9 +61,6 @@ def run(network=None, **x) -> np.ndarray:
 
 def same(a, b) -> bool:
     return np.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------- size (A.1)
 
 
 def test_paper_settings_have_about_25_million_parameters():
@@ -97,43 +93,32 @@ def test_impossible_networks_are_refused(changes, named):
         model.build(dataclasses.replace(SMALL, **changes), GENES, key=jr.key(0))
 
 
-# ----------------------------------------------------------------------------------------------------- symmetries (4.1)
-
-
-@pytest.mark.parametrize("population, axis", [("controls", 0), ("context", 1)])
-def test_order_of_given_cells_says_nothing(population, axis, rng):
-    """A population is a set: permuting its cells leaves the velocity as it is."""
+@pytest.mark.parametrize("names, axis, order", [
+    (["controls"], 0, CELL_ORDER), (["context"], 1, CELL_ORDER), (["context", "context_treatments", "slots"], 0, ORDER)])
+def test_order_says_nothing(names, axis, order):
+    """A population is a set: permuting its cells leaves the velocity as it is. So do context experiments reordered
+    together with treatments and slots."""
     x = inputs()
-    shuffled = x | {population: np.take(x[population], rng.permutation(CELLS), axis)}
-    assert not same(x[population], shuffled[population])
-    assert same(run(**x), run(**shuffled))
+    moved = x | {name: np.take(x[name], order, axis) for name in names}
+    assert not any(same(x[name], moved[name]) for name in names)
+    assert same(run(**x), run(**moved))
 
 
-def test_generated_cells_are_equivariant(rng):
+def test_generated_cells_are_equivariant():
     """Permuting the noise permutes the velocities with it, and nothing else."""
-    x, order = inputs(), rng.permutation(CELLS)
-    assert same(run(**x)[order], run(**x | {"y_tau": x["y_tau"][order]}))
-    assert not same(run(**x), run(**x)[order])
-
-
-def test_order_of_experiments_says_nothing_if_slots_follow():
-    """Context experiments reordered together with treatments and slots give the same velocity."""
-    x, order = inputs(), np.array([2, 0, 1])
-    assert same(run(**x), run(**x | {name: x[name][order] for name in ("context", "context_treatments", "slots")}))
-
-
-@pytest.mark.parametrize("moved", ["slots", "context", "context_treatments"])
-def test_slots_tie_cells_to_their_treatment(moved):
-    """What slot an experiment has matters, and which treatment belongs to which cells matters more than rounding."""
-    x, order = inputs(), np.array([2, 0, 1])
-    assert np.abs(run(**x) - run(**x | {moved: x[moved][order]})).max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["controls", "context", "context_treatments", "query"])
-def test_every_input_matters(name):
-    """Other control cells, context, treatments or query give another velocity."""
     x = inputs()
-    assert np.abs(run(**x) - run(**x | {name: inputs(seed=9)[name]})).max() > 1e-3
+    assert same(run(**x)[CELL_ORDER], run(**x | {"y_tau": x["y_tau"][CELL_ORDER]}))
+    assert not same(run(**x), run(**x)[CELL_ORDER])
+
+
+def test_every_input_matters():
+    """Other control cells, context, treatments or query give another velocity, by more than rounding. Slots tie cells to
+    their treatment: what slot an experiment has matters, and which treatment belongs to which cells."""
+    x, other = inputs(), inputs(seed=9)
+    changed = [{name: other[name]} for name in TOLD]
+    moved = [{name: x[name][ORDER]} for name in ("slots", "context", "context_treatments")]
+    for change in changed + moved:
+        assert np.abs(run(**x) - run(**x | change)).max() > 1e-3, (list(change), change in moved)
 
 
 @pytest.mark.parametrize("experiments, generated", [(0, 6), (SLOTS, 4)])
@@ -161,24 +146,19 @@ def test_slots_are_distinct_and_random():
     assert all(set(column) == set(range(SLOTS)) for column in slots.T)
 
 
-# ------------------------------------------------------------------------------------------- null condition, time (A.2)
-
-
 def test_null_condition_hides_every_input():
     """With drop=True the velocity depends on the noise and the time only; without, it is another."""
     x, other = inputs(drop=True), inputs(seed=9, drop=True)
-    told = {name: other[name] for name in ("controls", "context", "context_treatments", "query", "slots")}
-    assert np.array_equal(run(**x), run(**x | told))
+    assert np.array_equal(run(**x), run(**x | {name: other[name] for name in (*TOLD, "slots")}))
     assert not same(run(**x), run(**x | {"y_tau": other["y_tau"]}))
     assert np.abs(run(**x) - run(**inputs())).max() > 1e-3
 
 
-def films(network) -> list:
-    return [getattr(network.blocks, stream).film for stream in ("noise", "cells", "treatments")]
-
-
 def test_time_enters_through_film_only():
     """FiLM starts at zero, where the time has no effect; once it is not zero, it has."""
+    def films(network) -> list:
+        return [getattr(network.blocks, stream).film for stream in ("noise", "cells", "treatments")]
+
     start = jax.jit(lambda: films(model.build(SMALL, GENES, key=jr.key(0))))()
     fresh = eqx.tree_at(films, build(), start)
     early, late = (inputs() | {"tau": np.float32(tau)} for tau in (0.1, 0.9))
@@ -195,11 +175,9 @@ def test_treatment_gain_touches_the_treatment_stream_only():
 
     plain, large = (jax.jit(start, static_argnums=0)(gain) for gain in (1.0, 10.0))
     ratios = [np.asarray(b / a) for a, b in zip(plain, large)]
-    np.testing.assert_allclose(ratios[0], GENES**0.5, rtol=1e-5)
-    for ratio in ratios[1:4]:
-        np.testing.assert_allclose(ratio, 1, rtol=1e-5)
-    np.testing.assert_allclose(ratios[4][:, : 2 * WIDTH], 1, rtol=1e-5)
-    np.testing.assert_allclose(ratios[4][:, 2 * WIDTH :], 10, rtol=1e-5)
+    *ratios, last = ratios
+    for ratio, expected in zip([*ratios, last[:, : 2 * WIDTH], last[:, 2 * WIDTH :]], (GENES**0.5, 1, 1, 1, 1, 10)):
+        np.testing.assert_allclose(ratio, expected, rtol=1e-5)
 
 
 def test_gaussian_velocity_is_a_regression(rng):
@@ -225,9 +203,6 @@ def test_film_by_query_is_a_direct_path_from_the_query():
         net, drop = build(film_query=film_query), {"drop": np.array(drop)}
         net = eqx.tree_at(outputs, net, [jnp.zeros_like(weight) for weight in outputs(net)])
         assert same(run(net, **one | drop), run(net, **two | drop)) != reaches
-
-
-# ---------------------------------------------------------------------------------------------- attention and gradients
 
 
 @pytest.mark.parametrize("tokens", [1, 66])
@@ -291,29 +266,18 @@ def test_every_parameter_learns():
     assert zeros == sum(x.size for x in unread) + len(unused) * WIDTH
 
 
-# ------------------------------------------------------------------------------------------------------------ the files
-
-
-def test_model_survives_writing(tmp_path):
-    """A network that was written is read back with its header, number for number; a missing file is named."""
-    network, head = build(), dataclasses.asdict(SMALL) | {"genes": GENES, "screen": "x"}
-    model.write_leaves(tmp_path / "model.eqx", head, network)
-    found, read = model.load_model(tmp_path / "model.eqx")
+def test_a_file_is_read_whole_or_refused(tmp_path):
+    """A network that was written is read back with its header, number for number. A missing, truncated or foreign file
+    ends in a message with its name, whatever is wrong with it."""
+    file, network, head = tmp_path / "bad.eqx", build(), dataclasses.asdict(SMALL) | {"genes": GENES, "screen": "x"}
+    model.write_leaves(file, head, network)
+    found, read = model.load_model(file)
     assert found == head
     assert jax.tree.all(jax.tree.map(np.array_equal, eqx.filter(network, eqx.is_array), eqx.filter(read, eqx.is_array)))
-    with pytest.raises(BadInput, match="none.eqx"):
-        model.load_model(tmp_path / "none.eqx")
-
-
-@pytest.mark.parametrize("damage", [
-    lambda x: b"", lambda x: x[: len(x) // 2], lambda x: x[:-1], lambda x: x[:40],
-    lambda x: b"\x80\x81" + x, lambda x: b"3\n" + x, lambda x: x[: x.index(b"\n") + 1],
-    lambda x: x.replace(b'"width": 16', b'"width": 32'), lambda x: b"{}\n" + x,
-], ids=["empty", "half", "last byte", "header", "binary", "a number", "header only", "other width", "empty header"])
-def test_damaged_file_is_refused(tmp_path, damage):
-    """A truncated or foreign file ends in a message with its name, whatever is wrong with it."""
-    path = tmp_path / "damaged.eqx"
-    model.write_leaves(path, dataclasses.asdict(SMALL) | {"genes": GENES}, build())
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(BadInput, match="damaged.eqx"):
-        model.load_model(path)
+    x = file.read_bytes()
+    other_width, first = x.replace(b'"width": 16', b'"width": 32'), x.index(b"\n") + 1
+    for damaged in (b"", x[: len(x) // 2], x[:-1], x[:40], b"\x80\x81" + x, b"3\n" + x, x[:first], other_width,
+                    b"{}\n" + x, None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(BadInput, match="bad.eqx"):
+            model.load_model(file)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import sys
 
 import equinox as eqx
 import jax
@@ -22,9 +23,6 @@ from scales import BadInput
 from tasks import TEST, TRAIN, VALIDATION, Given, Task
 from train import Settings, State
 
-# ----------------------------------------------------------------------------------------------------- shared machinery
-
-
 class Told(eqx.Module):
     """A network that returns `say(y_tau, tau, drop)`, to see what a loss hands to it."""
 
@@ -37,23 +35,16 @@ class Told(eqx.Module):
         return jnp.broadcast_to(self.say(y_tau, tau, drop), y_tau.shape)
 
 
-def random_tasks(seed: int, count: int, genes=5, cells=6, context=2) -> Task:
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.normal(0.5, 1.5, shape).astype(np.float32)
-
-    given = Given(normal(count, cells, genes), normal(count, context, cells, genes), normal(count, context, genes),
-                  normal(count, genes))
-    return Task(given, normal(count, cells, genes))
+def random_tasks(seed: int, count: int, genes=5, cells=6) -> Task:
+    rng, shapes = np.random.default_rng(seed), ((cells, genes), (2, cells, genes), (2, genes), (genes,), (cells, genes))
+    *given, target = (rng.normal(0.5, 1.5, (count, *shape)).astype(np.float32) for shape in shapes)
+    return Task(Given(*given), target)
 
 
-def losses_of(say, batch: Task, drop_condition: float) -> np.ndarray:
+def losses_of(say, batch: Task, drop_condition=0.2) -> np.ndarray:
     """The loss of each task."""
-    def one(task, key):
-        return train.task_loss(Told(say), task, drop_condition, key=key)
-
-    return np.asarray(jax.jit(jax.vmap(one))(batch, jr.split(jr.key(0), len(batch.target))))
+    loss = jax.vmap(lambda task, key: train.task_loss(Told(say), task, drop_condition, key=key))
+    return np.asarray(jax.jit(loss)(batch, jr.split(jr.key(0), len(batch.target))))
 
 
 @pytest.fixture(scope="module")
@@ -89,41 +80,23 @@ def moments(state: State):
 
 
 def rows_of(folder) -> list[dict]:
-    rows = list(csv.DictReader((folder / "log.csv").open()))
-    for row in rows:
-        del row["tasks_per_second"]
-    return rows
+    return list(csv.DictReader((folder / "log.csv").open()))
 
 
-# ------------------------------------------------------------------------------------------------ the objective (eq. 3)
-
-
-def test_loss_in_closed_form():
-    """A velocity of zero has loss E|Y - Y_0|^2: the second moment of the data, plus 1. With all target cells at c,
-    v = (c - Y_tau) / (1 - tau) is exact: interpolation, time and target fit together."""
+def test_the_objective_in_closed_form():
+    """(Eq. 3) A velocity of zero has loss E|Y - Y_0|^2: the second moment of the data, plus 1. With all target cells at
+    c, v = (c - Y_tau) / (1 - tau) is exact: interpolation, time and target fit together. tau = sigmoid(N(0, 1)), one for
+    each task, and the condition is dropped in the given share of tasks (A.2)."""
     batch = random_tasks(0, 2000)
-    losses = losses_of(lambda y, tau, drop: 0, batch, 0.2)
+    losses = losses_of(lambda y, tau, drop: 0, batch)
     assert losses.mean() == pytest.approx((batch.target**2).mean() + 1, abs=float(5 * losses.std() / 2000**0.5))
     constant = batch._replace(target=np.full_like(batch.target, 0.7))
-    assert losses_of(lambda y, tau, drop: (0.7 - y) / (1 - tau), constant, 0.2).max() < 1e-4
-
-
-def test_times_are_logit_normal():
-    """tau = sigmoid(N(0, 1)), one for each task: its logit passes a test for the standard normal distribution."""
-    batch = random_tasks(0, 2000, genes=1, cells=1)
-    batch = batch._replace(target=np.zeros_like(batch.target))
-    tau = np.sqrt(losses_of(lambda y, tau, drop: 1e4 * tau, batch, 0.2)) / 1e4  # but for the noise, of size 1e-4
+    assert losses_of(lambda y, tau, drop: (0.7 - y) / (1 - tau), constant).max() < 1e-4
+    tau = np.sqrt(losses_of(lambda y, tau, drop: 1e4 * tau, batch)) / 1e4  # but for Y - Y_0, which is 1e-4 of it
     assert scipy.stats.kstest(scipy.special.logit(tau), "norm").pvalue > 0.01
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
-def test_null_condition_at_its_rate(rate):
-    """The condition is dropped in the given share of tasks (A.2)."""
-    dropped = losses_of(lambda y, tau, drop: 1e3 * drop, random_tasks(0, 4000, 1, 1), rate) > 1e5
-    assert dropped.mean() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 4000) ** 0.5)
-
-
-# ------------------------------------------------------------------------------------------------ the update (A.2, A.3)
+    for rate in (0.0, 0.2, 1.0):
+        dropped = losses_of(lambda y, tau, drop: 1e3 * drop, batch, rate) > 1e5
+        assert dropped.mean() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 2000) ** 0.5)
 
 
 def test_schedule_warms_up_stays_and_decays():
@@ -137,15 +110,19 @@ def test_schedule_warms_up_stays_and_decays():
     assert np.isfinite(train.schedule(dataclasses.replace(s, updates=1))(0)) and np.isfinite(train.schedule(s)(5000))
 
 
-def test_learning_rate_applied_is_the_one_intended(trained, beginning):
+def test_an_update_has_the_rate_intended_and_a_clipped_gradient(trained, beginning):
     """log.csv tells the schedule's rate, read back from the optimiser, of each update to the last. Adam's first step
-    shows that it is applied: every number moves by just that much, whatever its gradient, and by its weight decay."""
+    shows that it is applied: every number moves by just that much, whatever its gradient, and by its weight decay. The
+    moment after it is (1 - b1) times the gradient, cut to norm 1; the norm logged is the full one."""
     s, state = trained.settings, beginning[0]
     logged = [float(row["learning_rate"]) for row in rows_of(trained.folder)]
     np.testing.assert_allclose(logged, train.schedule(s)(np.arange(s.updates)), rtol=1e-4)
-    after, *_ = run_update(trained.update, state, micro_batches(random_tasks(1, 8), 1))
+    batch = random_tasks(3, 8)
+    batch = batch._replace(target=100 * batch.target)
+    after, _, norm = run_update(trained.update, state, micro_batches(batch, 1))
     before, now = (x.parameters.velocity_out.weight for x in (state, after))
     np.testing.assert_allclose(np.abs(now - before * (1 - logged[0] * s.weight_decay)), logged[0], rtol=0.02)
+    assert norm > 10 and np.linalg.norm(moments(after)) == pytest.approx(1 - s.b1, rel=1e-3)
 
 
 def test_one_batch_can_be_overfitted(trained, beginning):
@@ -169,15 +146,6 @@ def test_a_batch_can_be_split_at_will(like, trained, beginning):
     np.testing.assert_allclose(moments(after), moments(other), atol=1e-4 * np.abs(moments(after)).max())
 
 
-def test_gradient_is_clipped_by_its_global_norm(trained, beginning):
-    """The moment after one update is (1 - b1) times the gradient, cut to norm 1; the norm logged is the full one."""
-    batch = random_tasks(3, 8)
-    batch = batch._replace(target=100 * batch.target)
-    after, _, norm = run_update(trained.update, beginning[0], micro_batches(batch, 1))
-    assert norm > 10
-    assert np.linalg.norm(moments(after)) == pytest.approx(1 - trained.settings.b1, rel=1e-3)
-
-
 def test_average_is_the_weighted_mean_of_the_weights(trained, beginning):
     """[D8] EMA in closed form: weight ema^(n - i) for update i, normalised, so that the start from zero is gone."""
     state, ema, seen = beginning[0], trained.settings.ema, []
@@ -187,8 +155,7 @@ def test_average_is_the_weighted_mean_of_the_weights(trained, beginning):
     weights = np.array([ema**2, ema, 1]) / (ema**2 + ema + 1)
     expected = jax.tree.map(lambda *x: np.tensordot(weights, np.stack(x), 1), *seen)
     averaged = train.averaged(trained.settings, jax.tree.map(jnp.asarray, state))
-    for a, b in zip(jax.tree.leaves(averaged), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), averaged, expected)
 
 
 def test_no_key_is_used_twice(beginning):
@@ -218,9 +185,6 @@ def test_paper_update_lowers_for_cuda(section, genes):
     assert exported.platforms == ("cuda",) and s.updates * s.accumulate == {"linear": 50_000, "grn": 400_000}[section]
     assert f"tensor<{s.micro_batch}x{k}x{n}x{genes}xf32>" in exported.mlir_module()
     assert [x.shape for x in exported.out_avals[:-2]] == [x.shape for x in jax.tree.leaves(state)]
-
-
-# ------------------------------------------------------------------------------------------ tasks, and what is held out
 
 
 def test_tasks_of_an_update_are_its_own(like, trained):
@@ -258,9 +222,6 @@ def test_held_out_graphs_are_not_trained_on(like, trained):
     assert np.isnan(train.make_validation(like(), None, None)(None))
 
 
-# ----------------------------------------------------------------------------------------------- stops, files, mistakes
-
-
 def test_validation_changes_nothing(trained, beginning):
     """[D7] It leaves the state as it was, bit for bit, and is always the same number."""
     state, static = beginning
@@ -287,26 +248,19 @@ def test_training_learns_and_ends_tidily(trained, beginning):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(network, eqx.is_array)))
 
 
-class Stop(Exception):
-    """Stands for a power cut."""
-
-
 @pytest.mark.parametrize("looking", [{}, {"log_every": 7, "validate_every": 28}], ids=["same settings", "looking more"])
 def test_killed_and_resumed_is_undisturbed(trained, like, tmp_path, monkeypatch, looking):
-    """Stopped after a checkpoint, a run goes on to the very same model, byte for byte, and log, but for its speed.
-
-    So does one that looks at the validation tasks more often and logs means of 7 updates, of each exactly those 7."""
+    """Stopped after a checkpoint, a run goes on to the very same model, byte for byte, and log, but for its speed. So does
+    one that looks at the validation tasks more often and logs means of 7 updates, of each exactly those 7."""
     s, made = like(**looking), train.update_tasks
 
     def stopping(s, screen, update):
-        if update == 25:
-            raise Stop
-        return made(s, screen, update)
+        return made(s, screen, update) if update != 25 else sys.exit("a power cut")
 
     monkeypatch.setattr(train, "update_tasks", stopping)
     clock = iter(range(10**6))
     monkeypatch.setattr(train.time, "monotonic", lambda: 25.0 * next(clock))  # it is saved every few updates
-    with pytest.raises(Stop):
+    with pytest.raises(SystemExit):
         train.train(s, tmp_path, trained.screen, trained.update)
     monkeypatch.undo()
     assert 0 < json.loads((tmp_path / "checkpoint.eqx").open("rb").readline())["update"] <= 25
@@ -322,66 +276,60 @@ def test_killed_and_resumed_is_undisturbed(trained, like, tmp_path, monkeypatch,
         assert float(row["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-@pytest.fixture
-def stopped(trained, beginning, tmp_path):
-    """A folder with the checkpoint of a run that was stopped, and says so, at update 7."""
-    state = jax.tree.map(jnp.asarray, beginning[0])
-    state = state._replace(update=jnp.full_like(state.update, 7))
-    model.write_leaves(tmp_path / "checkpoint.eqx", train.header(trained.settings, tmp_path, trained.screen), state)
-    return tmp_path
-
-
-def test_a_checkpoint_goes_on_with_the_same_settings_only(trained, like, stopped):
+def test_a_checkpoint_goes_on_with_the_same_settings_only(trained, beginning, like, tmp_path):
     """How often is logged or saved may change; what decides the result, the data among it, may not; damage is named."""
-    state, _ = train.start(like(log_every=3, validate_every=9, checkpoint_seconds=1.5), stopped, trained.screen)
+    state, file = beginning[0]._replace(update=np.full_like(beginning[0].update, 7)), tmp_path / "checkpoint.eqx"
+    head = train.header(trained.settings, tmp_path, trained.screen)
+    model.write_leaves(file, head, jax.tree.map(jnp.asarray, state))
+    state, _ = train.start(like(log_every=3, validate_every=9, checkpoint_seconds=1.5), tmp_path, trained.screen)
     assert int(state.update) == 7  # it goes on, and does not begin anew
-    with pytest.raises(BadInput, match="clip"):
-        train.start(like(clip=0.5), stopped, trained.screen)
     other = dataclasses.replace(trained.screen, made=trained.screen.made | {"fingerprint": 1})
-    with pytest.raises(BadInput, match="fingerprint"):
-        train.start(trained.settings, stopped, other)
-    whole = (stopped / "checkpoint.eqx").read_bytes()
+    for settings, screen, named in ((like(clip=0.5), trained.screen, "clip"), (like(), other, "fingerprint")):
+        with pytest.raises(BadInput, match=named):
+            train.start(settings, tmp_path, screen)
+    whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], whole[:-1]):
-        (stopped / "checkpoint.eqx").write_bytes(damaged)
+        file.write_bytes(damaged)
         with pytest.raises(BadInput, match="checkpoint.eqx"):
-            train.start(trained.settings, stopped, trained.screen)
+            train.start(trained.settings, tmp_path, trained.screen)
 
 
-def test_finished_run_is_skipped(trained, like, main, monkeypatch, capsys):
-    """The same command again does no work; with other settings it is refused, and names the setting."""
-    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("trained again"))
-    monkeypatch.setattr(scales, "parse", lambda *a: trained.settings)
+def test_one_run_for_each_split_and_none_twice(trained, like, main, monkeypatch, capsys):
+    """Splits are separate runs with their own seeds, folders and files. The same command again does no work; with other
+    settings it is refused, and names the setting."""
+    asked, runs, here = iter((like(), like(clip=0.5), like(name="two"))), [], tasks.splits(like())
+    monkeypatch.setattr(scales, "parse", lambda *a: next(asked))
+    monkeypatch.setattr(train, "train", lambda run, folder, screen, update: runs.append((run.seed, folder.name)))
     main(train)
     assert "already trained" in capsys.readouterr().out
-    monkeypatch.setattr(scales, "parse", lambda *a: like(clip=0.5))
     with pytest.raises(BadInput, match="clip 1.0, now 0.5"):
         main(train)
+    assert not runs
+    numbers = iter((0, 1))
+    monkeypatch.setattr(tasks, "splits", lambda s: 2 * here)
+    monkeypatch.setattr(tasks, "split_number", lambda folder: next(numbers))
+    main(train)
+    assert runs == [(0, "split-0"), (1, "split-1")]
 
 
 def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
-    """Fine-tuning begins at the pre-trained EMA weights, with a new optimiser and average."""
-    s = like(screen="other", init="dags")
-    state, _ = train.start(s, tmp_path / "split-0", trained.screen)
+    """Fine-tuning begins at the pre-trained EMA weights, with a new optimiser and average. A model that does not fit is
+    refused. A run on this screen has a model for each split; what another split was trained on may be tested here."""
+    s, screen = like(screen="other", init="dags"), trained.screen
+    state, _ = train.start(s, tmp_path / "split-0", screen)
     _, network = model.load_model(trained.folder / "model.eqx")
-    weights = eqx.filter(network, eqx.is_inexact_array)
-    for a, b in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(weights), strict=True):
-        assert np.array_equal(a, b)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state.parameters, eqx.filter(network, eqx.is_inexact_array)))
     assert int(state.update) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.average))
-    with pytest.raises(BadInput, match="model.eqx: a model with width 16, not 32"):
-        train.start(dataclasses.replace(s, width=32), tmp_path / "split-0", trained.screen)
-    seven = dataclasses.replace(trained.screen, genes=tuple("abcdefg"))
-    with pytest.raises(BadInput, match="a model of 5 genes, but the data have 7"):
-        train.start(s, tmp_path / "split-0", seven)
-
-
-def test_a_model_of_other_splits_is_not_used(trained):
-    """A run on this screen has a model for each split; what another split was trained on may be tested here."""
-    s = trained.settings
+    seven = dataclasses.replace(screen, genes=tuple("abcdefg"))
+    for settings, data, message in (
+            (dataclasses.replace(s, width=32), screen, "model.eqx: a model with width 16, not 32"),
+            (s, seven, "a model of 5 genes, but the data have 7")):
+        with pytest.raises(BadInput, match=message):
+            train.start(settings, tmp_path / "split-0", data)
     assert model.model_file(s, "dags", "dags", 0) == model.model_file(s, "dags", "leukemia", 3)
-    with pytest.raises(BadInput, match="split-3/model.eqx"):
-        model.model_file(s, "dags", "dags", 3)
-    with pytest.raises(BadInput, match="nothing/split-0"):
-        model.model_file(s, "nothing", "leukemia", 0)
+    for *asked, missing in (("dags", "dags", 3, "split-3/model.eqx"), ("nothing", "leukemia", 0, "nothing/split-0")):
+        with pytest.raises(BadInput, match=missing):
+            model.model_file(s, *asked)
 
 
 @pytest.mark.parametrize("changed", [
@@ -396,33 +344,14 @@ def test_unusable_settings_are_refused(like, changed):
         train.check(like(**changed))
 
 
-def test_what_does_not_fit_is_refused_before_work(like, trained, tmp_path):
-    """Too many context experiments, or a screen that is not there, end in a message before anything is written."""
+def test_a_run_that_cannot_succeed_says_so(like, trained, tmp_path):
+    """Too many context experiments, or a screen that is not there, end in a message before anything is written; a loss
+    that is not a number ends the run with a message, not with a model."""
     with pytest.raises(BadInput, match="--context 5"):
         train.train(like(context=5), tmp_path / "run", trained.screen)
     assert not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match="--screen nothing.*dags"):
         tasks.splits(like(screen="nothing"))
-
-
-def test_diverged_training_says_so(trained, like, tmp_path):
-    """A loss that is not a number ends the run with a message, not with a model."""
-    def nothing(state, batches, key):
-        return state, jnp.array(np.nan), jnp.array(1.0)
-
     with pytest.raises(BadInput, match="loss is nan"):
-        train.train(like(), tmp_path, trained.screen, nothing)
+        train.train(like(), tmp_path, trained.screen, lambda state, *a: (state, jnp.array(np.nan), jnp.array(1.0)))
     assert not (tmp_path / "model.eqx").exists()
-
-
-def test_one_run_for_each_split(like, main, monkeypatch, trained):
-    """Splits are separate runs with their own seeds, folders and files."""
-    s, runs = like(name="two"), []
-    here = s.out / "smoke" / "screens" / "dags" / "split-0"
-    monkeypatch.setattr(scales, "parse", lambda *a: s)
-    monkeypatch.setattr(tasks, "splits", lambda s: [here, here])
-    numbers = iter((0, 1))
-    monkeypatch.setattr(tasks, "split_number", lambda folder: next(numbers))
-    monkeypatch.setattr(train, "train", lambda run, folder, screen, update: runs.append((run.seed, folder.name)))
-    main(train)
-    assert runs == [(0, "split-0"), (1, "split-1")]
