@@ -386,7 +386,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
             if time.monotonic() - saved > s.checkpoint_seconds and i < s.updates:  # only right after a row of the log
                 model.write_leaves(folder / "checkpoint.eqx", head | {"update": i}, state)
                 saved = time.monotonic()
-        if i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:  # another 1 / snapshots of the run is done
+        if i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:  # evenly over the run
             model.write_leaves(folder / "snapshots" / f"update-{i}.eqx", head | {"update": i}, averaged(s, state))
         bar.update()
     bar.close()

@@ -94,7 +94,8 @@ def test_impossible_networks_are_refused(changes, named):
 
 
 @pytest.mark.parametrize("names, axis, order", [
-    (["controls"], 0, CELL_ORDER), (["context"], 1, CELL_ORDER), (["context", "context_treatments", "slots"], 0, ORDER)])
+    (["controls"], 0, CELL_ORDER), (["context"], 1, CELL_ORDER),
+    (["context", "context_treatments", "slots"], 0, ORDER)])
 def test_order_says_nothing(names, axis, order):
     """A population is a set: permuting its cells leaves the velocity as it is. So do context experiments reordered
     together with treatments and slots."""
@@ -112,7 +113,7 @@ def test_generated_cells_are_equivariant():
 
 
 def test_every_input_matters():
-    """Other control cells, context, treatments or query give another velocity, by more than rounding. Slots tie cells to
+    """Other control cells, context, treatments or query give another velocity, not by rounding. Slots tie cells to
     their treatment: what slot an experiment has matters, and which treatment belongs to which cells."""
     x, other = inputs(), inputs(seed=9)
     changed = [{name: other[name]} for name in TOLD]

@@ -85,8 +85,8 @@ def rows_of(folder) -> list[dict]:
 
 def test_the_objective_in_closed_form():
     """(Eq. 3) A velocity of zero has loss E|Y - Y_0|^2: the second moment of the data, plus 1. With all target cells at
-    c, v = (c - Y_tau) / (1 - tau) is exact: interpolation, time and target fit together. tau = sigmoid(N(0, 1)), one for
-    each task, and the condition is dropped in the given share of tasks (A.2)."""
+    c, v = (c - Y_tau) / (1 - tau) is exact: interpolation, time and target fit together. tau = sigmoid(N(0, 1)), one a
+    task, and the condition is dropped in the given share of tasks (A.2)."""
     batch = random_tasks(0, 2000)
     losses = losses_of(lambda y, tau, drop: 0, batch)
     assert losses.mean() == pytest.approx((batch.target**2).mean() + 1, abs=float(5 * losses.std() / 2000**0.5))
@@ -201,7 +201,7 @@ def test_tasks_of_an_update_are_its_own(like, trained):
 
 
 def test_held_out_graphs_are_not_trained_on(like, trained):
-    """All that training is given are TRAIN conditions; queries of validation are VALIDATION ones, of graphs that are not
+    """All that training is given are TRAIN conditions; queries of validation VALIDATION ones, of graphs that are not
     trained on at all (do-values, drawn for each graph, tell). Without such conditions there is no validation loss."""
     screen = trained.screen
 
@@ -250,8 +250,8 @@ def test_training_learns_and_ends_tidily(trained, beginning):
 
 @pytest.mark.parametrize("looking", [{}, {"log_every": 7, "validate_every": 28}], ids=["same settings", "looking more"])
 def test_killed_and_resumed_is_undisturbed(trained, like, tmp_path, monkeypatch, looking):
-    """Stopped after a checkpoint, a run goes on to the very same model, byte for byte, and log, but for its speed. So does
-    one that looks at the validation tasks more often and logs means of 7 updates, of each exactly those 7."""
+    """Stopped after a checkpoint, a run goes on to the very same model, byte for byte, and log, but for its speed. So
+    does one that looks at the validation tasks more often and logs means of 7 updates, of each exactly those 7."""
     s, made = like(**looking), train.update_tasks
 
     def stopping(s, screen, update):
