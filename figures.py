@@ -645,6 +645,16 @@ def write(name: str, s: Settings, about: dict, path: Path) -> None:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
+def read(path: Path) -> dict:
+    """What `write` wrote; empty if it has not yet. Raises BadInput if the file is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        raise BadInput(f"{path}: damaged; delete it, and the figure is made again") from None
+
+
 def main() -> None:
     """Compute what is not there yet, and draw all that was asked for."""
     s = scales.parse(Settings, lambda s: ("evaluate", "figures"))
@@ -661,12 +671,12 @@ def main() -> None:
         screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs, "weights": weights}
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
-        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        document = read(path)
         if document.get("screens") == screens:
             scales.check_made(path, document["settings"], settings)
         else:
             write(name, s, {"settings": settings, "screens": screens}, path)
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read(path)
         picture = path.with_suffix(".png")
         if "not_run" in document:
             picture.unlink(missing_ok=True)  # of numbers that are gone

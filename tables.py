@@ -407,6 +407,8 @@ def main() -> None:
     """Make the report of a scale from whatever was run."""
     s = scales.parse(Settings, lambda s: ())
     root = s.out / s.scale
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder, so there is nothing to report; run_all.sh makes it")
     document = {"scale": s.scale, "tables": {}, "figures": {}, "claims": []}
     document["settings"] = {section: scales.at(s.scale, section) for section in scales.TABLE}
     names = {file.parent.name for file in root.glob("samples/*/[!.]*.npz")}
