@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -48,13 +47,8 @@ def settings(trained):
 
 
 @pytest.fixture(scope="module")
-def evaluation(trained):
-    return tasks.evaluation_tasks(trained.screen, CELLS, 2)
-
-
-@pytest.fixture(scope="module")
-def given(evaluation) -> Given:
-    return evaluation.given
+def given(trained) -> Given:
+    return tasks.evaluation_tasks(trained.screen, CELLS, 2).given
 
 
 def one(given: Given, index=0) -> Given:
@@ -68,31 +62,25 @@ def solve(network, given, steps, cells, seed=3):
     return end, jr.normal(jr.split(key)[0], (cells, GENES))
 
 
-# ------------------------------------------------------------------------------------------------------- the flow (A.4)
+def test_flow_in_closed_form(given):
+    """From N(0, 1) to N(mu, s^2) the velocity is known, and so is its solution: noise y ends at mu + s y. And
+    dY = 3 tau^2 dtau ends at Y_0 + 1 exactly, also where 1/steps is inexact: no step is lost or added."""
+    for mean, sd in ((2.0, 0.3), (-1.0, 3.0)):
+        def velocity(y, tau, given, drop):
+            variance = (1 - tau) ** 2 + (tau * sd) ** 2
+            return mean + (tau * sd**2 - (1 - tau)) / variance * (y - tau * mean)
 
-
-@pytest.mark.parametrize("mean, sd", [(2.0, 0.3), (-1.0, 3.0)])
-def test_gaussian_flow_in_closed_form(given, mean, sd):
-    """From N(0, 1) to N(mu, s^2) the velocity is known, and so is its solution: noise y ends at mu + s y."""
-    def velocity(y, tau, given, drop):
-        variance = (1 - tau) ** 2 + (tau * sd) ** 2
-        return mean + (tau * sd**2 - (1 - tau)) / variance * (y - tau * mean)
-
-    end, noise = solve(Velocity(velocity), given, 20, 7)
-    np.testing.assert_allclose(end, mean + sd * noise, atol=2e-4)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 300])
-def test_flow_ends_at_one_whatever_the_steps(given, steps):
-    """dY = 3 tau^2 dtau ends at Y_0 + 1 exactly, also where 1/steps is inexact: no step is lost or added."""
-    end, noise = solve(Velocity(lambda y, tau, given, drop: jnp.full_like(y, 3 * tau**2)), given, steps, 2)
-    np.testing.assert_allclose(end, noise + 1, atol=1e-4)
+        end, noise = solve(Velocity(velocity), given, 20, 7)
+        np.testing.assert_allclose(end, mean + sd * noise, atol=2e-4)
+    for steps in (1, 3, 300):
+        end, noise = solve(Velocity(lambda y, tau, given, drop: jnp.full_like(y, 3 * tau**2)), given, steps, 2)
+        np.testing.assert_allclose(end, noise + 1, atol=1e-4)
 
 
 def test_guidance_is_linear(network, given):
     """omega = 0 is the unconditional velocity, 1 the conditional one, and others lie on the line through them."""
-    condition, y, tau = model.prepare(network, one(given), key=jr.key(1)), jr.normal(jr.key(0), (CELLS, GENES)), 0.4
-    tau = jnp.array(tau)
+    condition, tau = model.prepare(network, one(given), key=jr.key(1)), jnp.array(0.4)
+    y = jr.normal(jr.key(0), (CELLS, GENES))
     at = jax.jit(lambda omega: sample.guided_velocity(network, condition, omega, y, tau), static_argnums=0)
     alone = jax.jit(lambda drop: network(y, tau, condition, drop))
     unconditional, conditional = alone(jnp.array(True)), alone(jnp.array(False))
@@ -107,26 +95,18 @@ def test_twenty_five_steps_are_enough(network, given):
     assert np.abs(few - many).max() < 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------- many tasks
-
-
 def test_each_task_is_on_its_own(network, given):
-    """A task's cells do not depend on the other tasks, nor on how many there are to share the devices."""
-    four = sample.generate(network, given, 2.0, 10, key=jr.key(0))
-    three = sample.generate(network, Given(*(x[:3] for x in given)), 2.0, 10, key=jr.key(0))
-    others = Given(*(np.concatenate([x[:1], 2 * x[:0:-1]]) for x in given))
+    """A task's cells do not depend on the other tasks, nor on how many there are to share the devices. The same key gives
+    the same cells; another key, or another place in the list, gives others."""
+    def generate(pick, seed=0):
+        return sample.generate(network, Given(*map(pick, given)), 2.0, 10, key=jr.key(seed))
+
+    four, again, other_key = (generate(lambda x: x, seed) for seed in (0, 0, 1))
+    three, twice = generate(lambda x: x[:3]), generate(lambda x: x[[0, 0, 0, 0]])
+    others = generate(lambda x: np.concatenate([x[:1], 2 * x[:0:-1]]))
     assert four.shape == (4, CELLS, GENES) and three.shape == (3, CELLS, GENES)
-    assert np.array_equal(four[:3], three)
-    assert np.array_equal(four[0], sample.generate(network, others, 2.0, 10, key=jr.key(0))[0])
-
-
-def test_one_key_one_prediction(network, given):
-    """The same key gives the same cells; another key, or another place in the list, gives others."""
-    first, again, other = (sample.generate(network, given, 2.0, 10, key=jr.key(seed)) for seed in (0, 0, 1))
-    assert np.array_equal(first, again)
-    assert np.abs(first - other).max() > 0.1
-    twice = sample.generate(network, Given(*(x[[0, 0, 0, 0]] for x in given)), 2.0, 10, key=jr.key(0))
-    assert len({cells.tobytes() for cells in twice}) == 4
+    assert np.array_equal(four[:3], three) and np.array_equal(four[0], others[0]) and np.array_equal(four, again)
+    assert np.abs(four - other_key).max() > 0.1 and len({cells.tobytes() for cells in twice}) == 4
 
 
 def test_as_many_cells_as_asked_for(given):
@@ -148,9 +128,6 @@ def test_expression_is_clipped_and_counted():
     assert np.array_equal(kept, cells) and share == 0
 
 
-# --------------------------------------------------------------------------------- test-time augmentation (6, Figure 3)
-
-
 @pytest.mark.parametrize("genes, size, subsets, treated", [
     (100, 50, 8, 9), (100, 50, 3, 1), (7, 5, 6, 2), (12, 4, 11, 3), (9, 9, 2, 4), (6, 4, 5, 0), (10, 9, 7, 1),
 ])
@@ -170,41 +147,24 @@ def test_gene_subsets_are_fair(genes, size, subsets, treated):
         assert len(count) == genes and (not len(others) or (others.min() >= 1 and np.ptp(others) <= 1))
 
 
-class Counted:
-    """A random generator that gives up after 1000 draws, so that an endless loop ends."""
-
-    def __init__(self):
-        self.draws, self.rng = 0, np.random.default_rng(0)
-
-    def permutation(self, x):
-        self.draws += 1
-        assert self.draws < 1000, "endless loop"
-        return self.rng.permutation(x)
-
-
 @pytest.mark.parametrize("genes, size, subsets, treated", [(100, 50, 1, 0), (20, 5, 3, 6), (20, 5, 9, 5), (4, 6, 3, 1)])
-def test_impossible_subsets_are_refused(monkeypatch, genes, size, subsets, treated):
+def test_impossible_subsets_are_refused(rng, genes, size, subsets, treated):
     """Too few subsets, too many treated genes, or fewer genes than the model has, end in a message, not in a loop."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # for the sake of Counted
     with pytest.raises(BadInput, match=f"{genes} genes"):
-        sample.gene_subsets(Counted(), genes, size, subsets, np.arange(treated))
+        sample.gene_subsets(rng, genes, size, subsets, np.arange(treated))
 
 
 def test_augmented_pools_each_gene_from_its_own_subsets(rng):
     """On 11 genes with a model of 5: each value in a gene's column was predicted for that gene; none is twice."""
     genes, size, subsets, n = 11, 5, 7, 4
     mark = Velocity(lambda y, tau, given, drop: 1000 * given.controls.mean(0) + 0 * y)  # ends at 1000 gene + noise
-    population = np.tile(np.arange(genes, dtype=np.float32), (n, 1))
-    one_hot = np.eye(genes, dtype=np.float32)
+    population, one_hot = np.tile(np.arange(genes, dtype=np.float32), (n, 1)), np.eye(genes, dtype=np.float32)
     given = Given(population, population[None], one_hot[[2]], one_hot[7])
     pooled = sample.augmented(mark, given, size, subsets, rng, 2.0, 2, key=jr.key(0))
     rarest = subsets * (size - 2) // (genes - 2)  # subsets that hold the least frequent gene
     assert pooled.shape == (n * rarest, genes)
     assert (np.round(pooled / 1000) == np.arange(genes)).all()
     assert all(len(set(column)) == len(column) for column in pooled.T.tolist())
-
-
-# ---------------------------------------------------------------------------------------- the guidance weight (Table 7)
 
 
 @pytest.fixture
@@ -244,17 +204,14 @@ def test_guidance_is_chosen_on_validation_tasks(trained, settings, monkeypatch, 
 def test_without_validation_conditions_guidance_is_inherited(trained, settings, monkeypatch, elsewhere, init, expected):
     """A fine-tuned model takes the weight of the model it came from, a model trained from scratch takes 2."""
     head, network = model.load_model(elsewhere)
-    model.write_leaves(elsewhere, head | {"init": init}, network)
+    parent = elsewhere.parents[2] / "parent" / "split-0" / "model.eqx"
+    for file, came_from in ((elsewhere, init), (parent, "")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        model.write_leaves(file, head | {"init": came_from}, network)
+    record = {"guidance": 3.0, "weights": model.checksum(parent)}
+    parent.with_name("guidance.json").write_text(json.dumps(record))
     monkeypatch.setattr(train, "validation_tasks", lambda *a: None)
-    parent = trained.settings.out / "smoke" / "train" / "parent" / "split-0"
-    parent.mkdir(parents=True, exist_ok=True)
-    (parent / "model.eqx").write_bytes((trained.folder / "model.eqx").read_bytes())
-    weights = model.checksum(parent / "model.eqx")
-    (parent / "guidance.json").write_text(json.dumps({"guidance": 3.0, "weights": weights}))
     assert sample.guidance_of(settings, elsewhere) == expected
-
-
-# ------------------------------------------------------------------------------------------------------------ the stage
 
 
 @pytest.fixture
@@ -266,10 +223,12 @@ def stage(monkeypatch, main):
     return run
 
 
-def test_stage_writes_what_it_says_and_is_skipped_next_time(stage, settings, evaluation, trained, monkeypatch):
+def test_stage_writes_what_it_says_and_is_skipped_next_time(stage, settings, trained, monkeypatch):
     """One file for each row, split and draw, with the tasks that were evaluated and all that tells where it comes from;
-    other settings are refused."""
+    other settings are refused. Of five treatments of each held-out graph two are for testing, so three are known."""
+    assert sample.most_experiments(trained.screen) == 3
     stage(settings)
+    evaluation = tasks.evaluation_tasks(trained.screen, CELLS, 2)
     file = settings.out / "smoke" / "samples" / "dags" / "mappfn-seed0-split0-draw0.npz"
     assert [f.name for f in file.parent.iterdir()] == [file.name]
     p = metrics.load_predictions(file)
@@ -284,24 +243,15 @@ def test_stage_writes_what_it_says_and_is_skipped_next_time(stage, settings, eva
         stage(dataclasses.replace(settings, guidance=1.5))
 
 
-def test_most_experiments_is_what_every_test_task_can_have(trained):
-    """Of five treatments of each held-out graph two are for testing, so three are known."""
-    assert sample.most_experiments(trained.screen) == 3
-
-
 @pytest.mark.parametrize("changed, named", [
     ({"model": ()}, "--model"), ({"model": ("a/b=dags",)}, "a/b"), ({"model": ("none",)}, "none/split-0"),
     ({"screen": "nothing"}, "nothing"), ({"steps": 0}, "--steps 0"), ({"eval_cells": 0}, "--eval-cells 0"),
-    ({"draws": -1}, "--draws -1")])
-def test_bad_settings_are_refused_before_work(stage, settings, monkeypatch, changed, named):
-    """Each ends in a message that names what cannot be used."""
+    ({"draws": -1}, "--draws -1"), ({}, "a model of 5 genes, but the data have 7")])
+def test_bad_settings_are_refused_before_work(stage, settings, trained, monkeypatch, changed, named):
+    """Each ends in a message that names what cannot be used, a model of another size with both numbers of genes."""
     monkeypatch.setattr(sample, "generate", lambda *a, **k: pytest.fail("worked"))
+    if not changed:
+        seven = dataclasses.replace(trained.screen, genes=tuple("abcdefg"))
+        monkeypatch.setattr(tasks, "load_screen", lambda folder: seven)
     with pytest.raises(BadInput, match=named):
         stage(dataclasses.replace(settings, **changed))
-
-
-def test_model_of_another_size_is_refused(stage, settings, trained, monkeypatch):
-    """The message says both numbers of genes."""
-    monkeypatch.setattr(tasks, "load_screen", lambda f: dataclasses.replace(trained.screen, genes=tuple("abcdefg")))
-    with pytest.raises(BadInput, match="a model of 5 genes, but the data have 7"):
-        stage(settings)

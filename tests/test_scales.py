@@ -30,11 +30,8 @@ def parse(*argv) -> Settings:
     return scales.parse(Settings, lambda s: (s.kind,), list(argv))
 
 
-def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-
-
-# --------------------------------------------------------------------------------------------------------- command line
+def run(*command, folder=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("argv, genes, context", [
@@ -47,37 +44,27 @@ def test_what_is_given_wins_then_the_table_then_the_paper(argv, genes, context):
     assert (s.genes, s.context, s.guidance) == (genes, context, 2.0)
 
 
-def test_later_sections_win():
-    """Fine-tuning is training on real cells, with another learning rate."""
+def test_later_sections_win_and_unknown_scales_are_refused():
+    """Fine-tuning is training on real cells, with another learning rate. The message names the scale that was given."""
     real, tuned = scales.at("paper", "train", "real"), scales.at("paper", "train", "real", "finetune")
     assert {name for name in tuned if real.get(name) != tuned[name]} == {"learning_rate"}
     assert tuned["learning_rate"] == 5e-5 and scales.at("paper", "no such section") == {}
-
-
-@pytest.mark.parametrize("argv", [["--scale", "big"], ["--scale=big"]])
-def test_unknown_scale_is_refused(argv):
-    """The message names what was given."""
-    with pytest.raises(BadInput, match="--scale big"):
-        parse(*argv)
-
-
-def settings_fields() -> dict[str, dict]:
-    """Name of each field of any dataclass of settings -> its default, as written, for each file."""
-    found = {}
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]:
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                for field in node.body:
-                    if isinstance(field, ast.AnnAssign) and field.value is not None:
-                        found.setdefault(field.target.id, {})[file.stem] = ast.unparse(field.value)
-    return found
+    for argv in (["--scale", "big"], ["--scale=big"]):
+        with pytest.raises(BadInput, match="--scale big"):
+            parse(*argv)
 
 
 def test_the_table_is_complete_and_says_nothing_twice():
     """Every name is a setting of a script. There are two numbers of one kind, and a third only where the paper has
-    a value of its own for this kind of data."""
-    fields = settings_fields()
+    a value of its own for this kind of data. `python scales.py` shows every section and value, in three columns."""
+    classes = [node for file in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]
+               for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = {field.target.id for node in classes for field in node.body
+              if isinstance(field, ast.AnnAssign) and field.value is not None}
+    printed = run(sys.executable, "scales.py").stdout
     for section, rows in scales.TABLE.items():
+        assert f"\n{section} " in "\n" + printed
+        assert all(len(line.split()) == 4 for line in printed.splitlines() if line.split()[0] in rows)
         for name, row in rows.items():
             assert name in fields and len(row) in (2, 3), name
             assert len({type(value) for value in row if value is not None}) == 1, name
@@ -92,9 +79,6 @@ def test_every_script_can_be_asked_for_help(script):
     with pytest.raises(SystemExit) as stop:
         scales.parse(module.Settings, lambda s: (), ["--help"])
     assert stop.value.code == 0
-
-
-# -------------------------------------------------------------------------------------------------------- files, errors
 
 
 @pytest.mark.parametrize("content", [str, dict])
@@ -129,31 +113,24 @@ def test_other_settings_are_named():
 
 @pytest.mark.parametrize("error", ["scales.BadInput('column x: no such column')", "OSError(28, 'No space left')"])
 def test_bad_input_is_one_line_and_status_1(error):
-    """The user sees one line that begins with error:, and no traceback."""
-    done = run_python(f"import scales\ndef main(): raise {error}\nscales.run(main)")
+    """The user sees one line that begins with error:, and no traceback, but for a bug, which keeps its own."""
+    done = run(sys.executable, "-c", f"import scales\ndef main(): raise {error}\nscales.run(main)")
     assert done.returncode == 1 and done.stdout == ""
     line, = done.stderr.splitlines()
     assert line.startswith("error: ")
-
-
-@pytest.mark.parametrize("command", ["prior.py grn --systems 2 --validation 1 --test 1 --out {}",
-                                     "prior.py linear --systems 20 --out {}", "data.py --dataset toy --out {}"])
-def test_a_full_disk_leaves_nothing(tmp_path, command):
-    """No file can have more than 4 blocks: a last line says so, the status is 1, and nothing is left half-written."""
-    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable, *command.format(tmp_path).split()]
-    done = subprocess.run([*limited, "--scale", "smoke"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
-    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".npz", ".npy")]
-
-
-def test_a_bug_keeps_its_traceback():
-    """What is not the user's mistake is not dressed up as one."""
     with pytest.raises(ZeroDivisionError):
         scales.run(lambda: 1 / 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- randomness
+@pytest.mark.parametrize("command", ["prior.py grn --systems 2 --validation 1 --test 1 --out",
+                                     "prior.py linear --systems 20 --out", "data.py --dataset toy --out"])
+def test_a_full_disk_leaves_nothing(tmp_path, command):
+    """No file can have more than 4 blocks: a last line says so, the status is 1, and nothing is left half-written."""
+    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable]
+    done = run(*limited, *command.split(), tmp_path, "--scale", "smoke")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".npz", ".npy")]
 
 
 def test_streams_do_not_meet():
@@ -165,40 +142,24 @@ def test_streams_do_not_meet():
     assert np.random.default_rng([1]).integers(2**62) == np.random.default_rng([1, 0]).integers(2**62)
 
 
-# ----------------------------------------------------------------------------------------------------- how it is called
-
-
-def test_the_table_is_printed():
-    """`python scales.py` shows every section and value, in three columns."""
-    done = subprocess.run([sys.executable, "scales.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for section, rows in scales.TABLE.items():
-        assert f"\n{section} " in "\n" + done.stdout
-        assert all(len(line.split()) == 4 for line in done.stdout.splitlines() if line.split()[0] in rows)
-
-
-def git(folder, *arguments):
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    command = ["git", *identity, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def test_revision(tmp_path, monkeypatch):
     """Outside a repository: unknown; in one: the short hash; with a + while a file differs from it."""
     monkeypatch.setattr(scales, "__file__", str(tmp_path / "scales.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert scales.revision() == "unknown"
     (tmp_path / "scales.py").write_text("1\n")
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "scales.py")
-    git(tmp_path, "commit", "-q", "-m", "one")
-    assert scales.revision() == git(tmp_path, "rev-parse", "--short", "HEAD")
+    commit = "-c user.name=test -c user.email=test@example.org commit -q -m one"
+    for words in ("init -q", "add scales.py", commit, "rev-parse --short HEAD"):
+        done = run("git", *words.split(), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert scales.revision() == done.stdout.strip() != ""
     (tmp_path / "scales.py").write_text("2\n")
-    assert scales.revision() == git(tmp_path, "rev-parse", "--short", "HEAD") + "+"
+    assert scales.revision() == done.stdout.strip() + "+"
 
 
 @pytest.mark.parametrize("words, named", [(["giant"], "giant"), (["smoke", "--leukemia", "none.h5ad"], "none.h5ad"),
                                           (["--screen"], "--screen"), (["--out"], "--out")])
 def test_run_all_refuses_what_it_does_not_know(words, named):
     """Unknown words and missing files end run_all.sh with a message before anything is installed or run."""
-    done = subprocess.run(["bash", "run_all.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    done = run("bash", "run_all.sh", *words)
     assert done.returncode in (1, 2) and named in done.stderr and done.stdout == ""

@@ -5,7 +5,8 @@ import os
 
 import numpy as np
 import pytest
-import scipy.stats
+from numpy.random import default_rng as rng
+from scipy.stats import chisquare
 
 import tasks
 from scales import BadInput
@@ -20,34 +21,25 @@ MIXED = [
 
 def make_screen(split=MIXED, count=40) -> Screen:
     """A screen in which every gene of a cell holds the number of its row. `split` and `count`: S T."""
-    split = np.array(split)
-    count = np.where(split == ABSENT, 0, count)
-    systems, treatments = split.shape
-    genes = treatments - 1
+    count = np.where(np.array(split) == ABSENT, 0, count)
+    (systems, treatments), genes, names = count.shape, count.shape[1] - 1, tuple("abcdefg")
     rows = np.repeat(np.arange(count.sum(), dtype=np.float32)[:, None], genes, axis=1)
     start = np.cumsum(count).reshape(count.shape) - count
-    one_hot = np.eye(treatments, genes, -1, dtype=np.float32)
-    names = tuple("abcdefg")
-    return Screen(rows, start, count, np.repeat(one_hot[None], systems, axis=0), split, genes=names[:genes],
-                  systems=names[:systems], treatment_names=names[:treatments], log_expression=False,
-                  made={"title": "Rows", "section": "grn"})
+    one_hot = np.repeat(np.eye(treatments, genes, -1, dtype=np.float32)[None], systems, axis=0)
+    return Screen(rows, start, count, one_hot, np.array(split), names[:genes], names[:systems], names[:treatments],
+                  log_expression=False, made={"title": "Rows", "section": "grn"})
 
 
 def save(folder, screen: Screen, blocks=None) -> None:
     """Write it."""
-    tasks.write_screen(folder, blocks or [screen.cells], screen.count, screen.treatments, screen.split, screen.genes,
-                       screen.systems, screen.treatment_names, screen.log_expression, screen.made)
+    fields = [getattr(screen, field.name) for field in dataclasses.fields(Screen)]
+    tasks.write_screen(folder, blocks or [screen.cells], *fields[2:])
 
 
 def conditions_of(screen: Screen, cells) -> np.ndarray:
     """Number s * T + t of the condition of each cell of `make_screen`."""
     owner = np.repeat(np.arange(screen.count.size), screen.count.ravel())
     return owner[cells[..., 0].astype(int)]
-
-
-def rng(seed=0):
-    """A generator."""
-    return np.random.default_rng(seed)
 
 
 # ------------------------------------------------------------------------------------------------------ drawing tasks
@@ -58,65 +50,51 @@ def test_populations_of_a_task_come_from_where_they_should(split):
     """Controls and context cells are of the query's own system, context experiments are different known conditions
     (never the query, validation or test; in training none of a held-out system), treatments are those of the cells."""
     screen = make_screen()
-    given, target = sample_tasks(rng(), screen, 400, 20, 2, split)
-    controls, context = conditions_of(screen, given.controls), conditions_of(screen, given.context)
-    target = conditions_of(screen, target)
+    given, target = sample_tasks(rng(0), screen, 400, 20, 2, split)
+    controls, context, target = (conditions_of(screen, cells) for cells in (given.controls, given.context, target))
     assert (context == context[..., :1]).all() and (target == target[:, :1]).all()  # one condition each
-    s, query = np.divmod(target[:, 0], 7)
-    used = context[..., 0]
+    (s, query), used = np.divmod(target[:, 0], 7), context[..., 0]
     assert (controls == s[:, None] * 7 + CONTROL).all() and (used // 7 == s[:, None]).all()
     allowed = [TRAIN] if split == TRAIN else [TRAIN, KNOWN_ONLY]  # training tasks never meet a held-out system
     assert np.isin(screen.split.ravel()[used], allowed).all() and (used % 7 != CONTROL).all()
     assert (used % 7 != query[:, None]).all() and (used[:, 0] != used[:, 1]).all()
-    assert (screen.split[s, query] == split).all()
-    assert (given.query == screen.treatments[s, query]).all()
+    assert (screen.split[s, query] == split).all() and (given.query == screen.treatments[s, query]).all()
     assert (given.context_treatments == screen.treatments.reshape(21, 6)[used]).all()
     assert {array.dtype for array in given} == {np.dtype(np.float32)}
 
 
-def test_queries_are_uniform_over_conditions():
-    """Each training condition is the query equally often, whatever the number of its cells."""
-    counts = [[40, 5, 500, 40, 40, 40, 40], [40] * 7, [40] * 7]
-    screen = make_screen(count=counts)
-    task = sample_tasks(rng(2), screen, 3500, 2, 0)
-    times = np.bincount(conditions_of(screen, task.target)[:, 0], minlength=21)
-    assert (times > 0).sum() == 7
-    assert scipy.stats.chisquare(times[times > 0]).pvalue > 1e-3
-
-
-def test_cells_are_drawn_without_replacement_and_afresh():
-    """A population has no cell twice, every cell is drawn equally often, and two tasks do not share their draw. Where
-    there are fewer than N, there are N nevertheless, all of them its own."""
-    screen = make_screen(np.full((1, 4), TRAIN), count=12)
+def test_draws_are_uniform_without_replacement_and_afresh():
+    """Each training condition is the query equally often, whatever the number of its cells. A population has no cell
+    twice, every cell is drawn equally often, and two tasks do not share their draw. Where there are fewer than N, there
+    are N nevertheless, all of them its own."""
+    screen = make_screen(count=[[40, 5, 500, 40, 40, 40, 40], [40] * 7, [40] * 7])
+    target = sample_tasks(rng(2), screen, 3500, 2, 0).target
+    times = np.unique(conditions_of(screen, target)[:, 0], return_counts=True)[1]
+    assert len(times) == 7 and chisquare(times).pvalue > 1e-3
+    screen = make_screen([[TRAIN] * 4], count=12)
     given, target = sample_tasks(rng(3), screen, 1500, 5, 2)
     drawn = np.concatenate([given.controls[:, None], given.context, target[:, None]], axis=1)
     assert all(len(set(population)) == 5 for population in drawn[..., 0].reshape(-1, 5))
-    controls = given.controls[..., 0]
-    assert scipy.stats.chisquare(np.bincount(controls.astype(int).ravel())).pvalue > 1e-3
-    assert len(set(map(tuple, controls))) > 1200
-    task = sample_tasks(rng(4), screen, 10, 20, 1)
-    assert task.target.shape == (10, 20, 3)
-    assert (conditions_of(screen, task.given.controls) == CONTROL).all()
+    controls = given.controls[..., 0].astype(int)
+    assert chisquare(np.bincount(controls.ravel())).pvalue > 1e-3 and len(set(map(tuple, controls))) > 1200
+    given, target = sample_tasks(rng(4), screen, 10, 20, 1)
+    assert target.shape == (10, 20, 3) and (conditions_of(screen, given.controls) == CONTROL).all()
 
 
 @pytest.mark.parametrize("split, most", [(TRAIN, 2), (TEST, 3), (VALIDATION, 3)])
 def test_too_many_context_experiments(split, most):
     """A K that some query cannot have is refused, naming system and number; the largest possible K is not, nor 0."""
     screen = make_screen()
-    for context in (0, most):
-        for task in (sample_tasks(rng(), screen, 4, 5, context, split),
-                     evaluation_tasks(screen, 5, context, split=split)):
-            assert task.given.context.shape[1:] == (context, 5, 6)
-            assert task.given.context.dtype == np.float32
-            assert task.given.context_treatments.shape[1:] == (context, 6)
-    named = f"--context {most + 1}.*'a'.*{most}"
-    with pytest.raises(BadInput, match=named):
-        sample_tasks(rng(), screen, 4, 5, most + 1, split)
-    with pytest.raises(BadInput, match=named):
-        evaluation_tasks(screen, 5, most + 1, split=split)
-    none = make_screen(np.full((1, 4), TRAIN))
+    for draw in (lambda k: sample_tasks(rng(0), screen, 4, 5, k, split),
+                 lambda k: evaluation_tasks(screen, 5, k, split=split)):
+        for k in (0, most):
+            given = draw(k).given
+            assert given.context.shape[1:] == (k, 5, 6) and given.context.dtype == np.float32
+            assert given.context_treatments.shape[1:] == (k, 6)
+        with pytest.raises(BadInput, match=f"--context {most + 1}.*'a'.*{most}"):
+            draw(most + 1)
     with pytest.raises(BadInput, match="validation"):  # refused, not looped over
-        sample_tasks(rng(), none, 4, 5, 1, VALIDATION)
+        sample_tasks(rng(0), make_screen([[TRAIN] * 4]), 4, 5, 1, VALIDATION)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation tasks
@@ -128,16 +106,13 @@ def test_evaluation_tasks_cover_the_split_in_order():
     screen = make_screen()
     task = evaluation_tasks(screen, 10, 3)
     assert list(zip(task.system, task.treatment)) == [(0, 4), (0, 6), (2, 4)]
-    system = task.system[:, None] * 7
-    for cells in (task.target, task.fresh, task.again):
-        where = conditions_of(screen, cells)
-        assert (where == system + task.treatment[:, None]).all()
-    for cells in (task.given.controls, task.identity):
-        assert (conditions_of(screen, cells) == system).all()
-    wanted = screen.treatments[task.system, task.treatment]
-    assert (task.given.query == wanted).all()
-    context = conditions_of(screen, task.given.context)
-    assert sorted(context[2, :, 0] % 7) == [1, 2, 3]
+    control = task.system[:, None] * 7
+    treated = control + task.treatment[:, None]
+    for cells, where in ((task.target, treated), (task.fresh, treated), (task.again, treated),
+                         (task.given.controls, control), (task.identity, control)):
+        assert (conditions_of(screen, cells) == where).all()
+    assert (task.given.query == screen.treatments[task.system, task.treatment]).all()
+    assert sorted(conditions_of(screen, task.given.context)[2, :, 0] % 7) == [1, 2, 3]
     assert 2 not in tasks.queries(screen, 0, TRAIN)[:, 0]
 
 
@@ -147,9 +122,9 @@ def test_fresh_cells_are_not_in_the_target(count, target, fresh):
     fewer, the target is served first, fresh comes from the rest, and is NaN if there is none."""
     screen = make_screen([[TRAIN, TRAIN, TEST]], count=count)
     task = evaluation_tasks(screen, 20, 1)
-    assert task.target.shape == task.fresh.shape == task.again.shape == (1, 20, 2)
-    known, others, again = set(task.target[0, :, 0]), set(task.fresh[0, :, 0]), set(task.again[0, :, 0])
-    controls, identity = set(task.given.controls[0, :, 0]), set(task.identity[0, :, 0])
+    drawn = task.target, task.fresh, task.again, task.given.controls, task.identity
+    assert {cells.shape for cells in drawn} == {(1, 20, 2)}
+    known, others, again, controls, identity = (set(cells[0, :, 0]) for cells in drawn)
     assert len(known) == target and known & again
     if fresh:
         assert 1 < len(others) <= fresh and not known & others and not controls & identity
@@ -167,12 +142,11 @@ def test_tasks_reproduce_and_all_contexts_meet_the_same_cells():
     np.testing.assert_array_equal(first.target, again.target)
     np.testing.assert_array_equal(first.given.context, again.given.context)
     assert not np.array_equal(first.target, other.target)
-    one = evaluation_tasks(screen, 5, 2)
-    for context in (0, 2):
-        same = evaluation_tasks(screen, 5, context)
+    one, none, same = [evaluation_tasks(screen, 5, context) for context in (2, 0, 2)]
+    for task in (none, same):
         for name in ("target", "fresh", "again", "identity"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
-        np.testing.assert_array_equal(one.given.controls, same.given.controls)
+            np.testing.assert_array_equal(getattr(one, name), getattr(task, name))
+        np.testing.assert_array_equal(one.given.controls, task.given.controls)
     np.testing.assert_array_equal(one.given.context, same.given.context)
     for numbers in ((1, 0), (0, 1)):
         other = evaluation_tasks(screen, 5, 2, *numbers)
@@ -186,15 +160,13 @@ def test_tasks_reproduce_and_all_contexts_meet_the_same_cells():
 def test_a_screen_comes_back_as_it_was_written(tmp_path):
     """All arrays and names come back; the cells are mapped into memory, not read; fingerprints tell cells apart."""
     screen = make_screen()
-    save(tmp_path / "split-0", screen)
-    loaded = tasks.load_screen(tmp_path / "split-0")
+    save(tmp_path / "0", screen)
+    save(tmp_path / "1", dataclasses.replace(screen, cells=screen.cells + 1))
+    loaded, other = tasks.load_screen(tmp_path / "0"), tasks.load_screen(tmp_path / "1")
     assert isinstance(loaded.cells, np.memmap)
-    for field in dataclasses.fields(Screen):
-        if field.name != "made":
-            assert np.array_equal(getattr(loaded, field.name), getattr(screen, field.name)), field.name
-    assert loaded.made["title"] == "Rows"
-    save(tmp_path / "split-1", dataclasses.replace(screen, cells=screen.cells + 1))
-    assert tasks.load_screen(tmp_path / "split-1").made["fingerprint"] != loaded.made["fingerprint"]
+    for field in dataclasses.fields(Screen)[:-1]:
+        assert np.array_equal(getattr(loaded, field.name), getattr(screen, field.name)), field.name
+    assert loaded.made["title"] == "Rows" and other.made["fingerprint"] != loaded.made["fingerprint"]
 
 
 @pytest.mark.parametrize("name, size", [
@@ -217,14 +189,12 @@ def test_damaged_screens(tmp_path, name, size):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
     """On a full disk, or when interrupted, no file stays behind, and no screen that looks finished."""
-    screen = make_screen()
-
     def blocks():
-        yield screen.cells[:100]
+        yield make_screen().cells[:100]
         raise error
 
     with pytest.raises(type(error)):
-        save(tmp_path / "split-0", screen, blocks())
+        save(tmp_path / "split-0", make_screen(), blocks())
     assert not list(tmp_path.iterdir())
 
 
