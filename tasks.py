@@ -21,6 +21,7 @@ thing from here on. A screen is a folder:
     S systems   T treatments, control first   D genes   B tasks   K context experiments   N cells of a population
 """
 
+import dataclasses
 import json
 import zipfile
 import zlib
@@ -141,6 +142,24 @@ def sample_tasks(rng: np.random.Generator, screen: Screen, batch: int, cells: in
     given = Given(controls=drawn[:, 0], context=drawn[:, 2:], context_treatments=treatments[:, 2:],
                   query=treatments[:, 1])
     return Task(given, target=drawn[:, 1])
+
+
+def folds(screen: Screen) -> list[Screen]:
+    """What settings are chosen on: the screen itself if it has VALIDATION conditions; if not, a screen for each training
+    condition, which is its one VALIDATION condition and no longer known. Test conditions are as they were.
+
+    [D55] paper: a tenth of the training conditions, which is none of five; released code: the same; here: then each of
+    them in turn. A system that would be left without a known condition keeps its own.
+    """
+    if (screen.split[:, 1:] == VALIDATION).any():
+        return [screen]
+    found = []
+    for s, t in np.argwhere(screen.split[:, 1:] == TRAIN).tolist():
+        if np.isin(screen.split[s, 1:], KNOWN).sum() > 1:
+            split = screen.split.copy()
+            split[s, 1 + t] = VALIDATION
+            found.append(dataclasses.replace(screen, split=split))
+    return found
 
 
 # ------------------------------------------------------------------------------------------- what is evaluated (B.4)
