@@ -12,7 +12,7 @@ training systems, then systems held out for validation, then systems held out fo
                                                          a cluster array; the line above then finishes the screen
 
 A system depends on the seed and its own number only. Until the screen is written every GRN has a file in
-`screens/.<name>-shards/`, from which a run that was killed goes on. Departures: D10, D19.
+`screens/.<name>-shards/`, from which a run that was killed goes on. Departures: D10, D19, D51.
 
     paper       name here        shape   meaning
     W           w                D D     w[k, j]: linear effect of parent j on child k, 0 without an edge
@@ -62,6 +62,7 @@ class Settings:
     test: int = 60  # more of them, held out for tables and figures (ours) [D10]
     population: int = 200  # cells of a condition (B.2)
     test_population: int = 200  # cells of a condition of a held-out system
+    dropout: tuple[float, float] = (45.0, 82.0)  # GRNs: range of the dropout percentile (B.2, Table 6) [D51]
     unpaired: bool = False  # GRNs: new noise for each condition, not the "counterfactual paired" prior (6)
     seed: int = 0  # of everything; the same seed gives the same files
     # nothing below changes what is drawn
@@ -254,8 +255,9 @@ class Network:
     dropout: float  # percentile of expression below which counts are lost
 
 
-def sample_network(rng: np.random.Generator, genes: int) -> Network:
-    """A random graph with kinetic and technical parameters from the ranges of Table 6."""
+def sample_network(rng: np.random.Generator, genes: int,
+                   dropout: tuple[float, float] = Settings.dropout) -> Network:
+    """A random graph with kinetic and technical parameters from the ranges of Table 6; `dropout`: that of a percentile."""
     parents = sample_grn_graph(rng, genes)
     return Network(
         strength=parents * rng.uniform(1.0, 5.0, parents.shape),
@@ -267,10 +269,13 @@ def sample_network(rng: np.random.Generator, genes: int) -> Network:
         # condition; here: one per GRN in both, so that the ablation changes the noise and nothing else.
         process_noise=rng.uniform(0.5, 1.5),
         outlier=rng.uniform(0.8, 5.0),
-        library=(rng.uniform(4.5, 6.0), rng.uniform(0.3, 0.7)),
+        # [D51] paper: mu_lib is of a cell of 50 genes; here: as many counts a gene whatever their number, since 20 genes
+        # that share the counts of 50 are 2.5 times too bright. Nothing changes at the paper's 50.
+        library=(rng.uniform(4.5, 6.0) + np.log(genes / 50), rng.uniform(0.3, 0.7)),
         # Paper: "dropout percentile" 8 and "temperature" 45-82; released code, here: the other way round, which is
         # what SERGIO means by them: steepness 8, percentile 45-82.
-        dropout=rng.uniform(45.0, 82.0))
+        # [D51] at smoke and laptop scale 0-82: from 45 up no GRN has as few zeros as the leukemia screen.
+        dropout=rng.uniform(*dropout))
 
 
 def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: int, simulation_seed: int,
@@ -312,15 +317,15 @@ def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: 
     return counts.T.astype(np.uint32)
 
 
-def simulate_grn(seed: int, genes: int, population: int, unpaired: bool,
-                 index: int) -> tuple[Network, list[Integer[np.ndarray, "_ D"]]]:
+def simulate_grn(seed: int, genes: int, population: int, unpaired: bool, index: int,
+                 dropout: tuple[float, float] = Settings.dropout) -> tuple[Network, list[Integer[np.ndarray, "_ D"]]]:
     """GRN number `index` and the counts of its control and of the knock-out of each gene, without cells if refused.
 
     Paired: "keeping the random seed of SERGIO constant across treatments" (6). In sergio-rs the knock-outs of a GRN
     then share their noise, but not with control: the noise of all genes is one matrix, which lacks a row after a
     knock-out. Genes numbered between the two that are knocked out trade rows as well."""
     rng = scales.generator("prior", seed, index)
-    network = sample_network(rng, genes)
+    network = sample_network(rng, genes, dropout)
     rate_seed = int(rng.integers(2**63))
     noise_seeds = rng.integers(2**63, size=(1 + genes, 2))  # of the simulation and of the technical noise
     if not unpaired:
@@ -345,7 +350,7 @@ def grn_path(s: Settings, number: int) -> Path:
 def write_grn(s: Settings, number: int) -> None:
     """Simulate one GRN and keep its raw counts."""
     population = s.population if number < s.systems else s.test_population
-    _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number)
+    _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number, s.dropout)
     count = list(map(len, conditions))
     cells = np.concatenate(conditions)
     cells = cells.astype(np.min_scalar_type(cells.max(initial=0)))  # most counts fit in one or two bytes

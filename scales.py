@@ -59,13 +59,14 @@ TABLE = {
         "test_population":       (64,       100),
         "validation":            (2,          8),            # held-out GRNs for choices
         "test":                  (2,          8),            # held-out GRNs for Figure 2
+        "dropout":      ((0.0, 82.0), (0.0, 82.0)),          # range of the dropout percentile [D51]
         "updates":               (40,      6000),
         "snapshots":             (4,         10,       25),  # Figure 2: models kept on the way
     },
     "real": {                  # perturbation screens of real cells (B.3, B.4), and training on them
         "genes":                 (8,         20),            # D
         "min_cells":             (20,       200),            # fewest cells of a usable condition
-        "splits":                (2,         10),            # random splits into train and test treatments
+        "splits":                (2,          5),            # random splits into train and test treatments
         "updates":               (10,       100,      375),  # 3,000 iterations (A.3) [D1]
     },
     "finetune": {              # from a pre-trained model (A.3): as "real", but

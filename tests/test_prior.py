@@ -215,7 +215,7 @@ def test_each_condition_has_a_network_of_its_own():
 def test_knock_outs_share_noise_only_if_paired(monkeypatch):
     """Two paired knock-outs agree cell by cell on genes neither of them reaches; unpaired ones, and control, do not."""
     noisy = network_of({(0, 1): 2.0, (2, 3): 2.0, (4, 5): 2.0}, 6, noise=1.0)
-    monkeypatch.setattr(prior, "sample_network", lambda rng, genes: noisy)
+    monkeypatch.setattr(prior, "sample_network", lambda rng, genes, dropout: noisy)
 
     def correlation(unpaired, a, b):
         counts = prior.simulate_grn(0, 6, 300, unpaired, 0)[1]
@@ -242,8 +242,9 @@ def test_only_the_noise_differs_in_the_ablation(monkeypatch):
 
 
 def test_parameters_stay_in_the_ranges_of_table_6():
-    """Strengths, Hill coefficients, decays and noise of 100 networks fill the paper's ranges and do not leave them."""
-    networks = [prior.sample_network(rng(seed), 8) for seed in range(100)]
+    """Strengths, Hill coefficients, decays and noise of 100 networks fill the paper's ranges and do not leave them. With
+    fewer genes than the paper's 50 a cell has fewer counts, as many for each gene."""
+    networks = [prior.sample_network(rng(seed), 50) for seed in range(100)]
     drawn = {(1, 5): [], (0.5, 1): [], (45, 82): [], (0.5, 1.5): [], (0.8, 5): [], (4.5, 6): [], (0.3, 0.7): []}
     for n in networks:
         values = (n.strength[n.strength != 0], n.decay, n.dropout, n.process_noise, n.outlier, *n.library)
@@ -254,6 +255,20 @@ def test_parameters_stay_in_the_ranges_of_table_6():
         assert low <= min(values) < low + margin and high - margin < max(values) <= high
     assert np.mean([n.hill for n in networks]) == pytest.approx(1.5, abs=0.03)
     assert set(networks[0].hill.ravel()) == {1, 2}
+    small = [prior.sample_network(rng(seed), 20).library[0] for seed in range(100)]
+    assert 4.5 <= min(small) - np.log(20 / 50) < 4.6 and 5.9 < max(small) - np.log(20 / 50) <= 6
+
+
+def test_zeros_reach_those_of_real_screens():
+    """With the range of the smaller scales, networks have from less than 20% zeros, fewer than real screens, to more than
+    65%; with the paper's none has less than 40%."""
+    shares = {}
+    for low in (0.0, 45.0):
+        shares[low] = []
+        for seed in range(40):
+            network = prior.sample_network(rng(seed), 20, (low, 82.0))
+            shares[low].append((prior.simulate_condition(network, CONTROL, 50, seed, 1, 2) == 0).mean())
+    assert min(shares[0.0]) < 0.2 and max(shares[0.0]) > 0.65 and min(shares[45.0]) > 0.4
 
 
 def test_refusal_of_the_simulator_is_caught_and_interrupts_are_not(monkeypatch):
