@@ -124,21 +124,31 @@ def experiments(rng: np.random.Generator, screen: Screen, s: int, t: int, contex
     return rng.permutation(known[known != t])[:context]
 
 
-def sample_tasks(rng: np.random.Generator, screen: Screen, batch: int, cells: int, context: int,
-                 split: int = TRAIN) -> Task:
+def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: Screen, batch: int, cells: int,
+                 context: int, split: int = TRAIN, permute: bool = False) -> Task:
     """B tasks of N = `cells` and K = `context` (Algorithm 1; B.4). The query is drawn uniformly from the conditions of
     `split`, the context experiments from the known conditions of its system, and all cells afresh.
 
+    `rng` is one generator, or one for each task, whose tasks then do not depend on how many are drawn together.
+    `permute`: each task has its genes in an order of its own, in all that it holds. [D52] paper, released code: no;
+    here: a setting of train.py, because in a prior an index means nothing.
     Raises BadInput as `queries` does.
     """
     found = queries(screen, context, split)
-    rows, treatments = [], []
-    for s, t in found[rng.integers(len(found), size=batch)].tolist():
-        chosen = np.concatenate([[CONTROL, t], experiments(rng, screen, s, t, context)])
-        rows.append([screen.start[s, i] + draw(rng, int(screen.count[s, i]), cells) for i in chosen])
+    rows, treatments, orders = [], [], []
+    for task_rng in rng if isinstance(rng, list) else [rng] * batch:
+        s, t = found[task_rng.integers(len(found))].tolist()
+        chosen = np.concatenate([[CONTROL, t], experiments(task_rng, screen, s, t, context)])
+        rows.append([screen.start[s, i] + draw(task_rng, int(screen.count[s, i]), cells) for i in chosen])
         treatments.append(screen.treatments[s, chosen])
+        if permute:  # after everything else, so that the draws are the same without it
+            orders.append(task_rng.permutation(len(screen.genes)))
     drawn = screen.cells[np.array(rows)]  # B 2+K N D
     treatments = np.array(treatments)  # B 2+K D
+    if permute:
+        orders = np.array(orders)[:, None]  # B 1 D
+        drawn = np.take_along_axis(drawn, orders[:, None], axis=-1)
+        treatments = np.take_along_axis(treatments, orders, axis=-1)
     given = Given(controls=drawn[:, 0], context=drawn[:, 2:], context_treatments=treatments[:, 2:],
                   query=treatments[:, 1])
     return Task(given, target=drawn[:, 1])

@@ -63,6 +63,7 @@ class Settings(Architecture):
     # tasks
     cells: int = 200  # N (B.3)
     context: int = 8  # K (B.2)
+    permute_genes: bool = False  # each task's genes in an order of its own; for priors, whose genes have no names [D52]
     # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
     updates: int = 50_000  # optimiser steps: 400k micro-batches (A.2)
     micro_batch: int = 32  # tasks B (released code)
@@ -205,11 +206,15 @@ def averaged(s: Settings, state: State) -> PyTree:
 # ---------------------------------------------------------------------------------------------------- tasks of a run
 
 
-def update_tasks(s: Settings, screen: Screen, update: int) -> Task:
-    """The tasks [A, B, ...] of an update: the same whenever and however often they are asked for."""
-    rng = scales.generator("tasks", s.seed, update)
-    batch = tasks.sample_tasks(rng, screen, s.accumulate * s.micro_batch, s.cells, s.context)
-    return jax.tree.map(lambda x: x.reshape(s.accumulate, s.micro_batch, *x.shape[1:]), batch)
+def update_tasks(s: Settings, screen: Screen, update: int, share: range | None = None) -> Task:
+    """The tasks [A, B, ...] of an update, or of those B of each micro-batch that are in `share`: the same whenever, by
+    whichever process and however often they are asked for, since each has a generator of its own."""
+    share = range(s.micro_batch) if share is None else share
+    generators = []
+    for i in range(s.accumulate):
+        generators += [scales.generator("tasks", s.seed, update, i * s.micro_batch + j) for j in share]
+    batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, s.context, permute=s.permute_genes)
+    return jax.tree.map(lambda x: x.reshape(s.accumulate, len(share), *x.shape[1:]), batch)
 
 
 def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | None:
