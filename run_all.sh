@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Everything, from an empty environment to the report: prior, data, training, sampling, metrics, figures, tables.
 #
-#   bash run_all.sh [smoke|laptop|paper|test] [--leukemia FILE] [--melanoma FILE] [--screen FILE] [--out FOLDER]
+#   bash run_all.sh [smoke|laptop|paper|test] [--seeds N] [--leukemia FILE] [--melanoma FILE] [--screen FILE] [--out FOLDER]
+#   bash run_all.sh paper --dry
 #
 #   smoke    every stage and every table, on toy sizes: shows that it runs, nothing else. Minutes on two CPU cores.
 #   laptop   small networks and few tasks that do learn. Under an hour on two CPU cores.
 #   paper    the paper's sizes; wants one 80 GB GPU, days of it.
 #   test     installs, and runs the tests.
+#   --dry    with paper: one or two of everything at the paper's shapes, without a GPU, and a table of what all would cost.
+#   --seeds  trainings of each row. Claims that compare trainings are decided from 3 on; by default there is one (of linear
+#            SCMs at paper scale 3). A later call with more seeds adds them to what is there.
 # Without a word: paper if there is an NVIDIA GPU, laptop otherwise. FILE is an .h5ad; --screen is a screen of your own. The
 # paper's two are downloaded where no file is given, but not at smoke scale; what is missing is left out, and tables say so.
-# Finished stages are skipped, interrupted ones go on: start it again after a stop. All seeds are 0.
+# Finished stages are skipped, interrupted ones go on: start it again after a stop. Seeds count up from 0.
 # Environment: PYTHON=python3.11 to install from, DEVICE=cpu|cuda12|cuda13 (default: by nvidia-smi),
 # WORKERS=2 processes for the tests.
 set -euo pipefail
@@ -17,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 fail() { echo "error: $*" >&2; exit 2; }
 DEVICE=${DEVICE:-$(if nvidia-smi >/dev/null 2>&1; then echo cuda12; else echo cpu; fi)}
 case "$DEVICE" in cpu) SCALE=laptop; export JAX_PLATFORMS=cpu ;; cuda12|cuda13) SCALE=paper ;; *) fail "DEVICE=$DEVICE: expected cpu, cuda12 or cuda13" ;; esac
-OUT=out LEUKEMIA='' MELANOMA='' OWN=()
+OUT=out LEUKEMIA='' MELANOMA='' OWN=() SEEDS='' DRY=''
 while [ $# -gt 0 ]; do
   case "$1" in
     smoke|laptop|paper|test) SCALE=$1 ;;
@@ -25,11 +29,18 @@ while [ $# -gt 0 ]; do
       case "$1" in --leukemia) LEUKEMIA=$2 ;; --melanoma) MELANOMA=$2 ;; *) OWN+=("$2") ;; esac
       shift ;;
     --out) OUT=${2:?--out needs a folder}; shift ;;
-    -h|--help) sed -n '2,16s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
+    --seeds) [[ "${2:-}" =~ ^[1-9][0-9]?$ ]] || fail "--seeds ${2:-}: expected a number of trainings, such as 3"
+      SEEDS=$2; shift ;;
+    --dry) DRY=yes ;;
+    -h|--help) sed -n '2,21s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
     *) fail "unknown word '$1'; --help shows what there is" ;;
   esac
   shift
 done
+if [ "$DRY" ]; then
+  [ "$SCALE" = paper ] || fail "--dry: only with paper"
+  SCALE=dry
+fi
 
 # An environment that already has everything is used as it is; otherwise it is made in .venv.
 PY=${PYTHON:-python3}
@@ -56,9 +67,15 @@ TO=(--scale "$SCALE" --out "$OUT")
 stage() {  # stage TITLE SCRIPT ARGUMENTS...: a banner, the script, and how long it took
   local title=$1 start=$SECONDS; shift
   printf '\n== %s\n   python %s\n' "$title" "$*"
-  "$PY" "$@" || return $?
+  "$PY" -c "$WATCHED" "$ROOT/memory.csv" "$title" "$PY" "$@" || return $?
   echo "$title,$((SECONDS - start))" >> "$ROOT/times.csv"
 }
+WATCHED='import resource, subprocess, sys  # run a command, and note its peak memory in kilobytes
+file, title, *command = sys.argv[1:]
+status = subprocess.call(command)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(f"{title},{peak}", file=open(file, "a"))
+sys.exit(status)'
 at() { "$PY" -c "import scales; print(scales.at('$SCALE', '$1').get('$2', $3))"; }  # a number of the table of scales
 
 stage "prior: linear SCMs" prior.py linear "${TO[@]}"
@@ -78,8 +95,12 @@ prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes
     [[ "$*" != *--h5ad* ]] || exit 1  # a file that was given has to be usable; tables tell why a download is missing
   fi
 }
-[ "$SCALE" != smoke ] || prepare toy --dataset toy
-if [ -n "$LEUKEMIA" ] || [ "$SCALE" != smoke ]; then
+REAL=yes  # are the paper's screens wanted where no file is given?
+if [ "$SCALE" = smoke ] || [ "$SCALE" = dry ]; then
+  REAL=
+  prepare toy --dataset toy
+fi
+if [ "$LEUKEMIA$REAL" ]; then
   prepare leukemia --dataset leukemia ${LEUKEMIA:+--h5ad "$LEUKEMIA"}
   # Its replicates as systems, where the file tells them apart: several systems of real cells (B.4), for the simple rows.
   if [ -d "$ROOT/screens/leukemia/split-0" ] && stage "data: replicates" data.py --dataset leukemia --name replicates --system-col replicate \
@@ -88,31 +109,48 @@ if [ -n "$LEUKEMIA" ] || [ "$SCALE" != smoke ]; then
       additive target-gene bilinear-ridge constant-mean observed oracle
   fi
 fi
-if [ -n "$MELANOMA" ] || [ "$SCALE" != smoke ]; then
+if [ "$MELANOMA$REAL" ]; then
   prepare melanoma --dataset melanoma ${MELANOMA:+--h5ad "$MELANOMA"}
 fi
 for file in ${OWN[@]+"${OWN[@]}"}; do
   prepare "$(basename "$file" .h5ad)" --h5ad "$file"
 done
 
+seeds() { seq 0 $((${SEEDS:-$(at "$1" seeds 1)} - 1)); }  # of the trainings of a section of the table of scales
 LINEAR=()
-for seed in $(seq 0 $(($(at linear seeds 1) - 1))); do
+for seed in $(seeds linear); do
   stage "train: linear SCMs, seed $seed" train.py --screen linear --seed "$seed" --name "linear-seed$seed" "${TO[@]}"
   LINEAR+=("mappfn-seed$seed=linear-seed$seed")
 done
-stage "train: GRNs" train.py --screen grn "${TO[@]}"
-stage "train: GRNs, unpaired (Table 4)" train.py --screen grn-unpaired "${TO[@]}"
-stage "train: GRNs, without context (Table 4)" train.py --screen grn --context 0 --name grn-no-context --snapshots 0 "${TO[@]}"
 stage "sample: linear SCMs" sample.py --screen linear --model "${LINEAR[@]}" "${TO[@]}"
-stage "baselines: linear SCMs" -m baselines --screen linear "${TO[@]}"
+stage "baselines: linear SCMs" -m baselines --screen linear --seeds "${#LINEAR[@]}" "${TO[@]}"
+for seed in $(seeds grn); do
+  stage "train: GRNs, seed $seed" train.py --screen grn --seed "$seed" --name "grn-seed$seed" "${TO[@]}"
+  stage "train: GRNs, unpaired (Table 4), seed $seed" \
+    train.py --screen grn-unpaired --seed "$seed" --name "grn-unpaired-seed$seed" "${TO[@]}"
+  stage "train: GRNs, without context (Table 4), seed $seed" \
+    train.py --screen grn --context 0 --snapshots 0 --seed "$seed" --name "grn-no-context-seed$seed" "${TO[@]}"
+done
 for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do
-  stage "train: $screen from random initialisation" train.py --screen "$screen" --name "$screen-scratch" "${TO[@]}"
-  stage "train: $screen fine-tuning" train.py --screen "$screen" --init grn --name "$screen-finetuned" "${TO[@]}"
-  stage "sample: $screen" sample.py --screen "$screen" --model mappfn-random="$screen-scratch" mappfn-pretrained=grn \
-    mappfn-finetuned="$screen-finetuned" mappfn-unpaired=grn-unpaired mappfn-no-context=grn-no-context "${TO[@]}"
-  stage "baselines: $screen" -m baselines --screen "$screen" "${TO[@]}"
+  MODELS=()
+  for seed in $(seeds grn); do
+    CHOICE=() CHOICE_TUNED=()  # rate, length and guidance are chosen once, for the first seed
+    if [ "$seed" != 0 ]; then
+      CHOICE=(--choice "$screen-scratch-seed0") CHOICE_TUNED=(--choice "$screen-finetuned-seed0")
+    fi
+    stage "train: $screen from random initialisation, seed $seed" train.py --screen "$screen" --seed "$seed" \
+      --name "$screen-scratch-seed$seed" ${CHOICE[@]+"${CHOICE[@]}"} "${TO[@]}"
+    stage "train: $screen fine-tuning, seed $seed" train.py --screen "$screen" --init "grn-seed$seed" --seed "$seed" \
+      --name "$screen-finetuned-seed$seed" ${CHOICE_TUNED[@]+"${CHOICE_TUNED[@]}"} "${TO[@]}"
+    MODELS+=("mappfn-random-seed$seed=$screen-scratch-seed$seed" "mappfn-pretrained-seed$seed=grn-seed$seed"
+      "mappfn-finetuned-seed$seed=$screen-finetuned-seed$seed" "mappfn-unpaired-seed$seed=grn-unpaired-seed$seed"
+      "mappfn-no-context-seed$seed=grn-no-context-seed$seed")
+  done
+  stage "sample: $screen" sample.py --screen "$screen" --model "${MODELS[@]}" "${TO[@]}"
+  stage "baselines: $screen" -m baselines --screen "$screen" --seeds $(seeds grn | wc -l) "${TO[@]}"
 done
 stage "metrics" metrics.py "$ROOT/samples"
 stage "figures" figures.py "${TO[@]}"
 stage "report" tables.py "${TO[@]}"
+[ "$SCALE" != dry ] || stage "costs" costs.py "${TO[@]}"
 echo "== all done in $SECONDS s: $ROOT/report.md"

@@ -1,0 +1,154 @@
+"""Part of stage 4, choices: learning rate, length and guidance of a training on few conditions, by leaving one out.
+
+Paper: A.3, B.4, Table 7. A screen of real cells may have five training conditions, and a tenth of five is no validation
+condition. So each of them is left out in turn (`tasks.folds`): a network is trained on the others, and at every one of
+LENGTHS its loss on the one that was left out is noted. The rate and length whose mean loss over these folds is least
+are what `train.py` then trains with, on all training conditions; the folds' networks at that length choose the weight of
+guidance, by RMSE, as everywhere (Table 7). Test conditions are never looked at. Departure: D55.
+
+`train.py --rates 1e-3 3e-4 ...` calls this; it reads a screen, and writes `choice.json` beside the model.
+Laptop scale: one to two minutes a split on two CPU cores.
+
+    F folds   L lengths   K context experiments   N cells   D genes
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+import metrics
+import model
+import sample
+import scales
+import tasks
+import train
+from tasks import VALIDATION, Screen
+
+LENGTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a training, as shares of --updates
+PATIENCE = 2  # lengths in a row that bring nothing, after which longer ones are not tried
+DRAWS = 2     # of cells, for each left-out condition, when guidance is chosen
+
+
+class Fold(NamedTuple):
+    """A network in training on all but one condition."""
+    screen: Screen
+    state: train.State
+    validate: Callable[[train.State], float]
+
+
+def most_context(folds: list[Screen]) -> int:
+    """Largest K that every training condition of every fold can have."""
+    fewest = []
+    for screen in folds:
+        known = np.isin(screen.split[:, 1:], tasks.KNOWN).sum(axis=1)
+        fewest.append(known[known > 0].min() - 1)
+    return int(min(fewest))
+
+
+def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) -> dict[int, list[tuple[float, PyTree]]]:
+    """Length -> for each fold, validation loss and EMA weights, with the learning rate of `s` held after its warm-up.
+
+    Longer ones are no longer tried once the mean loss over folds has not fallen for PATIENCE lengths.
+    """
+    s = dataclasses.replace(s, decay=0.0)
+    update, running, found = None, [], {}
+    for screen in folds:
+        state, static = train.begin(s, folder, screen)
+        update = update or train.make_update(s, static, Mesh(np.array(jax.devices()), ("data",)))
+        validate = train.make_validation(s, static, train.validation_tasks(s, screen))
+        running.append(Fold(screen, state, validate))
+    key, done = scales.key("updates", s.seed), 0
+    bar = tqdm(total=s.updates, unit="update", desc=f"{label}, {len(folds)} folds", mininterval=2)
+    for length in sorted({max(1, round(share * s.updates)) for share in LENGTHS}):
+        found[length] = []
+        for number, fold in enumerate(running):
+            state = fold.state
+            for i in range(done, length):
+                state, _, _ = update(state, train.update_tasks(s, fold.screen, i), key)
+            running[number] = fold._replace(state=state)
+            # A copy: the update gives the memory of its argument to its result.
+            weights = jax.tree.map(np.asarray, train.averaged(s, state))
+            found[length].append((fold.validate(state), weights))
+        bar.update(length - done)
+        done = length
+        losses = mean_losses(found)
+        if list(losses).index(min(losses, key=losses.get)) < len(losses) - PATIENCE:
+            break
+    bar.close()
+    return found
+
+
+def mean_losses(found: dict[int, list[tuple[float, PyTree]]]) -> dict[int, float]:
+    """Length -> mean validation loss over the folds."""
+    return {length: float(np.mean([loss for loss, _ in each])) for length, each in found.items()}
+
+
+def guidance_errors(s: train.Settings, folds: list[Screen], networks: list[eqx.Module], steps: int,
+                    cells: int) -> dict[float, float]:
+    """RMSE of each weight of Table 7 on the left-out conditions, each predicted by the network that never saw it."""
+    errors = {weight: [] for weight in sample.GUIDANCE}
+    for screen, network in zip(folds, networks):
+        for draw in range(DRAWS):
+            e = tasks.evaluation_tasks(screen, cells, s.context, s.seed, draw, VALIDATION)
+            for weight in errors:
+                predicted = sample.generate(network, e.given, weight, steps, key=scales.key("validation", s.seed, draw))
+                predicted, _ = sample.clip_expression(predicted, screen.log_expression)
+                errors[weight] += [metrics.rmse(*pair) for pair in zip(e.target, predicted)]
+    return {weight: float(np.mean(values)) for weight, values in errors.items()}
+
+
+def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
+    """What `choice.json` holds: `updates`, `learning_rate`, `guidance`, and the losses and errors that they come from.
+
+    Raises BadInput if the screen has too few training conditions to leave one out.
+    """
+    folds = tasks.folds(screen)
+    s = dataclasses.replace(s, context=min(s.context, most_context(folds)))
+    runs, losses = {}, {}
+    for rate in s.rates:
+        run = dataclasses.replace(s, learning_rate=rate)
+        runs[rate] = snapshots(run, folder, folds, f"{folder.parent.name}/{folder.name}, rate {rate:g}")
+        losses[rate] = mean_losses(runs[rate])
+    rate = min(losses, key=lambda rate: min(losses[rate].values()))
+    length = min(losses[rate], key=losses[rate].get)
+    static = train.begin(s, folder, screen)[1]
+    networks = [eqx.combine(weights, static) for _, weights in runs[rate][length]]
+    evaluate = scales.at(s.scale, "evaluate")
+    errors = guidance_errors(s, folds, networks, evaluate.get("steps", sample.Settings.steps),
+                             evaluate.get("eval_cells", sample.Settings.eval_cells))
+    stopped = length < max(losses[rate])
+    return {"updates": length, "learning_rate": rate, "guidance": min(errors, key=errors.get), "stopped": stopped,
+            "folds": len(folds), "validation_loss": losses, "validation_rmse": errors}
+
+
+def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:
+    """The content of `choice.json`, which is made if it is not there. Raises BadInput if it is of other settings."""
+    path = folder / "choice.json"
+    if s.choice:
+        path = model.run_folder(s, s.choice, tasks.split_number(folder)) / "choice.json"
+        if not path.is_file():
+            raise scales.BadInput(f"--choice {s.choice}: no {path}; train that run first")
+    made = train.header(dataclasses.replace(s, seed=0, init=""), folder, screen)
+    made |= {"rates": s.rates, "fine-tuning": bool(s.init)}
+    if path.is_file():
+        try:
+            choice = dict(json.loads(path.read_text()))
+            then = choice["made"]
+        except (ValueError, KeyError, TypeError):
+            raise scales.BadInput(f"{path}: damaged; delete it, and the choice is made again") from None
+        scales.check_made(path, then, made)
+        return choice
+    choice = choose(s, folder, screen) | {"made": made, "revision": scales.revision()}
+    with scales.atomic(path) as temporary:
+        temporary.write_text(json.dumps(choice, default=str))
+    print(f"{path}: {choice['updates']} updates at {choice['learning_rate']:g}, guidance {choice['guidance']}", flush=True)
+    return choice
