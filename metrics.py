@@ -177,12 +177,24 @@ def precision_recall_area(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.nda
     return float(sklearn.metrics.average_precision_score(truth.ravel(), score.ravel()))
 
 
+def pseudo_values(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.ndarray, "P D"]) -> Float[np.ndarray, "P"]:
+    """Jackknife: P times the area minus P - 1 times the one without condition i, for each i; NaN where that is not
+    defined. Each says what its condition contributes; their spread gives the error of the area (Tukey, 1958)."""
+    conditions, found = len(truth), []
+    whole = precision_recall_area(truth, score)
+    for i in range(conditions):
+        without = precision_recall_area(np.delete(truth, i, axis=0), np.delete(score, i, axis=0))
+        found.append(conditions * whole - (conditions - 1) * without)
+    return np.array(found)
+
+
 def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
               predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"] | None = None) -> dict:
     """Area under the precision-recall curve for finding differentially expressed genes (C.2); log-expression data only.
 
     Returns `auprc`; `base_rate`, that of a random ranking; `target_only`, that of a ranking by "is treated" (NaN
-    without `treatments`); `n_degs`, how many genes are to be found; `note`: why both areas are NaN if there are none.
+    without `treatments`); `n_degs`, how many genes are to be found; `note`: why both areas are NaN if there are none;
+    `conditions`, the P pseudo-values of `auprc`.
     """
     p, fold_change = differential_expression(controls, true)
     truth = (p < P_VALUE) & (np.abs(fold_change) > FOLD_CHANGE)  # Z, P D
@@ -195,7 +207,8 @@ def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M
     if not truth.any():
         note = "no gene is differentially expressed in truth: AUPRC is undefined"
     return {"auprc": precision_recall_area(truth, score), "base_rate": float(truth.mean()),
-            "target_only": target_only, "n_degs": int(truth.sum()), "note": note}
+            "target_only": target_only, "n_degs": int(truth.sum()), "note": note,
+            "conditions": pseudo_values(truth, score)}
 
 
 def each(distance: Callable) -> Callable:
@@ -226,7 +239,7 @@ def pooled_auprc(p: Predictions) -> dict:
     """`deg_auprc` of all conditions together; None where it is not defined, as in Table 2."""
     if not p.log_expression:
         return {"auprc": None, "base_rate": None, "target_only": None, "n_degs": None,
-                "note": "not log-expression data"}
+                "note": "not log-expression data", "conditions": np.full(len(p.target), np.nan)}
     return deg_auprc(p.controls, p.target, p.prediction, p.treatments)
 
 
@@ -235,7 +248,8 @@ class Metric(NamedTuple):
     heading: str
     factor: float      # of the values in tables, as 1000 for thousandths
     better: str        # "lower", "higher", or "one": the closer to 1 the better
-    compute: Callable  # of Predictions: P values; or, if only all of them together have one, a dict that holds it
+    compute: Callable  # of Predictions: P values; or, if only all of them together have one, a dict that holds it,
+    #                    and may hold `conditions`, P pseudo-values
 
 
 METRICS = {
@@ -256,21 +270,30 @@ def defined(value):
     return value
 
 
+def treated_genes(p: Predictions) -> list[str]:
+    """The name of each condition's treated gene; its number, where the file does not name the genes."""
+    genes = p.meta.get("genes") or range(p.treatments.shape[1])
+    return [str(genes[i]) for i in np.abs(p.treatments).argmax(axis=1).tolist()]
+
+
 def evaluate(p: Predictions) -> dict:
-    """For JSON, every metric: its number under its name, and under `conditions` its P values where it has them. None
-    stands for what is not defined; means are over the conditions that remain."""
+    """For JSON, every metric: its number under its name, and under `conditions` its P values where it has them, with
+    the `systems` and `treatments` that they belong to. None stands for what is not defined; means are over the
+    conditions that remain."""
     numbers, conditions = {}, {}
     for name, metric in METRICS.items():
         found = metric.compute(p)
         if isinstance(found, dict):
+            values = found.pop("conditions", None)
             numbers |= found
-            continue
-        conditions[name] = [defined(value) for value in found.tolist()]
-        kept = found[np.isfinite(found)]
-        numbers[name] = float(kept.mean()) if len(kept) else None
+        else:
+            values, kept = found, found[np.isfinite(found)]
+            numbers[name] = float(kept.mean()) if len(kept) else None
+        if values is not None:
+            conditions[name] = [defined(value) for value in values.tolist()]
     numbers = {name: defined(value) for name, value in numbers.items()}
     return numbers | {"log_expression": bool(p.log_expression), "systems": p.systems.tolist(),
-                      "conditions": conditions}
+                      "treatments": treated_genes(p), "conditions": conditions}
 
 
 # ------------------------------------------------------------------------------------------------ files of predictions
@@ -349,14 +372,15 @@ def prediction_files(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def up_to_date(path: Path) -> bool:
-    """Whether all metrics of this file of predictions exist and are not older than it."""
+    """Whether all metrics of this file of predictions exist, with those of its conditions, and are not older."""
     result = path.with_suffix(".json")
     if not result.exists() or not path.exists():
         return False
     if result.stat().st_mtime_ns < path.stat().st_mtime_ns:
         return False
     try:
-        return METRICS.keys() <= json.loads(result.read_text())["metrics"].keys()
+        found = json.loads(result.read_text())["metrics"]
+        return METRICS.keys() | {"treatments"} <= found.keys() and "auprc" in found["conditions"]
     except (ValueError, KeyError, TypeError):  # damaged: to be made again
         return False
 

@@ -131,12 +131,24 @@ def test_auprc_by_hand():
     treatments = np.eye(4, dtype=np.float32)[[0, 3]]  # the second does not move its own gene
     found = metrics.deg_auprc(controls, true, true, treatments)
     by_hand = 1 / 3 * 1 / 2 + 2 / 3 * 3 / 8  # precision 1/2 at recall 1/3, then 3/8
+    assert found.pop("conditions").tolist() == [1, 1]
     assert found == {"auprc": 1, "n_degs": 3, "base_rate": 3 / 8, "target_only": close(by_hand), "note": ""}
     assert metrics.deg_auprc(controls, true, controls)["auprc"] == 3 / 8
     predicted = controls.copy()
     predicted[0, :, 0] += 0.5
     predicted[1, :, 3] += 2
     assert metrics.deg_auprc(controls, true, predicted)["auprc"] == close(by_hand)
+
+
+def test_pseudo_values_by_hand():
+    """The area of all three conditions is 5/6, without the first 1/2, without the second or the third 1. Pseudo-values
+    are 3 x 5/6 minus twice those; where without a condition nothing is to be found, there is none."""
+    truth, score = np.array([[1, 0], [0, 0], [1, 0]]), np.array([[4, 0], [3, 0], [2, 0]])
+    whole = 1 / 2 + 1 / 2 * 2 / 3  # precision 1 at recall 1/2, then 2/3
+    found = metrics.pseudo_values(truth, score)
+    assert found == close([3 * whole - 2 * 1 / 2, 3 * whole - 2, 3 * whole - 2 * 1])
+    assert np.isnan(metrics.pseudo_values(truth[:1] * 0, score[:1])).all()
+    assert np.isnan(metrics.pseudo_values(truth[:2], score[:2])[0])  # the other has nothing to be found
 
 
 @pytest.mark.parametrize("log_expression, note", [(False, "not log-expression data"), (True, "undefined")])
@@ -228,6 +240,10 @@ def test_stage_writes_json_once(tmp_path, monkeypatch, main, capsys):
     os.utime(file, ns=(stamp + 1, stamp + 1))
     main(metrics, tmp_path)
     assert path.stat().st_mtime_ns > stamp and json.loads(path.read_text()) == first
+    assert first["metrics"]["treatments"] == ["0", "1"]
+    path.write_text(json.dumps(first | {"metrics": first["metrics"] | {"conditions": {}}}))  # an older version's
+    main(metrics, tmp_path)
+    assert json.loads(path.read_text()) == first
     added = metrics.Metric("again", 1, "lower", metrics.each(metrics.rmse))
     monkeypatch.setitem(metrics.METRICS, "again", added)
     main(metrics, tmp_path)
