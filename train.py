@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from tqdm import tqdm
@@ -58,7 +59,7 @@ class Settings(Architecture):
     scale: str = "laptop"  # column of the table in scales.py
     name: str = ""  # folder of the run below out/<scale>/train; default: the name of the screen
     init: str = ""  # fine-tuning: run whose model to start from
-    seed: int = 0  # of everything random in this run; split s has seed + s
+    seed: int = 0  # of everything random in this run, less than 1,000; split s has seed + 1,000 s
     out: Path = Path("out")  # everything is below out/<scale>
     # tasks
     cells: int = 200  # N (B.3)
@@ -75,16 +76,27 @@ class Settings(Architecture):
     b2: float = 0.995  # AdamW; the paper is silent (released code)
     weight_decay: float = 1e-5  # AdamW; the paper is silent (released code)
     clip: float = 1.0  # global norm of the gradient (released code)
-    ema: float = 0.999  # decay of the averaged weights, which inference uses (A.2)
+    ema: float = 0.999  # decay of the averaged weights, which inference uses (A.2), of every micro-batch [D8]
     drop_condition: float = 0.2  # probability of the null condition (A.2)
+    rates: tuple[float, ...] = ()  # choose among these, and lengths up to --updates, by leaving conditions out [D55]
+    choice: str = ""  # run whose choice is to be used again, for another seed of the same training
+    guidance: float | None = None  # weight that sample.py is to use; by default it chooses one (Table 7)
     # reporting; nothing below changes the result
     log_every: int = 20  # updates between rows of log.csv
     validate_every: int = 200  # updates between validation losses
     checkpoint_seconds: float = 60.0  # between checkpoints
     snapshots: int = 0  # EMA models kept on the way, for Figure 2
+    # more than one process, which SLURM and Open MPI tell us of: CLUSTER.md
+    coordinator: str = ""  # host:port of process 0, where the others find it; the port is any free one
+    processes: int = 1  # how many train together
+    process: int = 0  # which of them this one is
 
 
-REPORTING = model.SPEED | {"log_every", "validate_every", "checkpoint_seconds", "out", "scale", "name", "snapshots"}
+REPORTING = model.SPEED | {"log_every", "validate_every", "checkpoint_seconds", "out", "scale", "name", "snapshots",
+                           "rates", "choice", "coordinator", "processes", "process"}
+SPLIT_SEEDS = 1000  # between the seeds of two splits, so that no split of one run has the seed of a split of another
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # number of processes, as srun and mpirun tell it
+PATIENCE = 300  # seconds that a process waits for the others
 
 
 # ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
@@ -160,8 +172,9 @@ def rate_applied(state: State) -> float:
 def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
     """The jitted update: (state, tasks [A, B, ...], key) -> (state, loss, gradient norm).
 
-    Data parallel: each device of `mesh` computes the gradient of its share of every micro-batch; the optimiser sees the
-    mean over devices. A laptop's cores work as devices too: two of them, one thread each, beat one with two threads.
+    Data parallel: each device of `mesh`, in whatever process, computes the gradient of its share of every micro-batch;
+    all apply the same optimiser to the mean over devices. A laptop's cores work as devices too: two of them, one thread
+    each, beat one with two threads.
     """
     optimiser = make_optimiser(s)
     each, share = PartitionSpec(), PartitionSpec(None, "data")
@@ -186,7 +199,7 @@ def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
         loss, gradients = gradient(state.parameters, batches, keys)
         changes, optimiser_state = optimiser.update(gradients, state.optimiser, state.parameters)
         parameters = optax.apply_updates(state.parameters, changes)
-        average = optax.incremental_update(parameters, state.average, 1 - s.ema)
+        average = optax.incremental_update(parameters, state.average, 1 - s.ema**s.accumulate)  # [D8]
         new = State(parameters, optimiser_state, average, state.update + 1)
         return new, loss, optax.tree.norm(gradients)
 
@@ -196,10 +209,11 @@ def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
 def averaged(s: Settings, state: State) -> PyTree:
     """The EMA weights that inference uses (A.2).
 
-    [D8] paper, released code: no correction; here: divided by 1 - ema^n, so that an average that started from zero does
-    not remember it, and a run of a few hundred updates can be used.
+    [D8] paper: a decay of 0.999, of what it does not say; released code: of every micro-batch, without correction; here:
+    of every micro-batch too, so ema^A of an update, and divided by 1 - ema^(A n), so that an average that started from
+    zero does not remember it, and a run of a few hundred updates can be used.
     """
-    weight = 1 - s.ema ** state.update.astype(jnp.float32)
+    weight = 1 - s.ema ** (s.accumulate * state.update.astype(jnp.float32))
     return jax.tree.map(lambda average: average / weight, state.average)
 
 
@@ -225,17 +239,13 @@ def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | Non
     return tasks.sample_tasks(rng, screen, count, s.cells, s.context, VALIDATION)
 
 
-def make_validation(s: Settings, static: PyTree, batch: Task | None) -> Callable[[State], float]:
-    """Loss of the EMA weights on these tasks, always with the same times and noise, and never without condition. It
+def make_validation(s: Settings, static: PyTree) -> Callable[[State, Task | None], float]:
+    """Loss of the EMA weights on tasks, NaN if there are none, always with the same times and noise, and never without condition. It
     computes, and changes nothing.
 
     [D7] paper: silent; released code: a validation batch goes through the training step and so updates weights, also on
     the real cells that zero-shot results are reported on; here it is a function of the state that returns a number.
     """
-    if batch is None:
-        return lambda state: float("nan")
-    keys = jr.split(scales.key("validation", s.seed), len(batch.target))
-
     @jax.jit
     def mean_loss(parameters, batch, keys):
         def one(task_key):
@@ -243,7 +253,13 @@ def make_validation(s: Settings, static: PyTree, batch: Task | None) -> Callable
 
         return jnp.mean(jax.lax.map(one, (batch, keys), batch_size=s.micro_batch))
 
-    return lambda state: float(mean_loss(averaged(s, state), batch, keys))
+    def validate(state, batch):
+        if batch is None:
+            return float("nan")
+        keys = jr.split(scales.key("validation", s.seed), len(batch.target))
+        return float(mean_loss(averaged(s, state), batch, keys))
+
+    return validate
 
 
 # -------------------------------------------------------------------------------------------------------------- one run
@@ -254,7 +270,8 @@ LOG = ("update", "tasks", "loss", "validation_loss", "learning_rate", "gradient_
 class Log:
     """log.csv: one row per logging step. After a stop, the rows that came after the checkpoint are dropped."""
 
-    def __init__(self, path: Path, update: int):
+    def __init__(self, path: Path, update: int, s: Settings):
+        self.tasks_of_update, self.update, self.time = s.micro_batch * s.accumulate, update, time.monotonic()
         rows = []
         if update and path.is_file():
             for row in csv.DictReader(path.open()):
@@ -267,10 +284,17 @@ class Log:
         self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, LOG)
 
-    def row(self, **values) -> None:
-        """Append one row, and see that it reaches the disk."""
-        self.writer.writerow(values)
+    def row(self, update: int, loss: float, validation: float | None, rate: float, norm: float) -> str:
+        """Append one row, and see that it reaches the disk; returns it in a few words."""
+        speed = (update - self.update) * self.tasks_of_update / (time.monotonic() - self.time)
+        row = {"update": update, "tasks": update * self.tasks_of_update, "loss": f"{loss:.6g}",
+               "learning_rate": f"{rate:.6g}", "gradient_norm": f"{norm:.4g}", "tasks_per_second": f"{speed:.1f}"}
+        if validation is not None:
+            row["validation_loss"] = f"{validation:.6g}"
+        self.writer.writerow(row)
         self.file.flush()
+        self.update, self.time = update, time.monotonic()
+        return f"loss {loss:.4f}, {speed:.0f} tasks/s"
 
 
 def seconds(log: Path) -> float:
@@ -297,15 +321,20 @@ def check_same(path: Path, head: dict, wanted: dict) -> None:
     scales.check_made(path, {name: head.get(name) for name in wanted}, wanted)
 
 
-def start(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
-    """State to begin or to go on with, and the network's static part."""
+def begin(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
+    """State before the first update, and the network's static part."""
     network = model.build(s, len(screen.genes), key=scales.key("initialisation", s.seed))
     parameters, static = eqx.partition(network, eqx.is_inexact_array)
     if s.init:
         weights = initial_weights(s, folder, len(screen.genes))
         parameters = jax.tree.unflatten(jax.tree.structure(parameters), weights)
     average = jax.tree.map(jnp.zeros_like, parameters)
-    state = State(parameters, make_optimiser(s).init(parameters), average, jnp.zeros((), int))
+    return State(parameters, make_optimiser(s).init(parameters), average, jnp.zeros((), int)), static
+
+
+def start(s: Settings, folder: Path, screen: Screen) -> tuple[State, PyTree]:
+    """State to begin or to go on with, and the network's static part."""
+    state, static = begin(s, folder, screen)
     path = folder / "checkpoint.eqx"
     if path.is_file():
         def like(head):
@@ -344,8 +373,27 @@ def check(s: Settings) -> None:
     if s.micro_batch % jax.device_count():
         raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "
                        f"{jax.device_count()}")
+    if jax.local_device_count() * jax.process_count() != jax.device_count():
+        raise BadInput(f"{jax.local_device_count()} devices of {jax.device_count()} here, with {jax.process_count()} "
+                       "processes: all must have the same number")
     scales.check_name(s.name)
     scales.check_name(s.init)
+
+
+def own_share(s: Settings) -> range:
+    """Which tasks of each micro-batch are this process's: those of its devices."""
+    each = s.micro_batch // jax.process_count()
+    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def placed(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Arrays of this process, or its share of them, as arrays over the devices of all processes."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def here(state: State) -> State:
+    """The state, which all devices have, on one device of this process: to look at, or to write, without the others."""
+    return jax.tree.map(lambda x: x.addressable_data(0), state)
 
 
 def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None) -> Callable:
@@ -353,54 +401,79 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
 
     Raises BadInput if the folder holds a run with other settings, or if the screen does not fit the model.
     """
+    chief = jax.process_index() == 0  # it writes and prints; the others compute
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    first = update_tasks(s, screen, 0)  # a bad combination of screen, K and N shows here, before anything is written
+    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+    first = update_tasks(s, screen, 0, own_share(s))  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
     head = header(s, folder, screen) | {"revision": scales.revision()}
     head["parameters"] = model.count_parameters(state.parameters)
     update = update_function or make_update(s, static, mesh)
-    validate = make_validation(s, static, validation_tasks(s, screen))
+    validate, held_out = make_validation(s, static), validation_tasks(s, screen)
     key, done = scales.key("updates", s.seed), int(state.update)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    share = NamedSharding(mesh, PartitionSpec(None, "data"))
-    print(f"{folder}: {s.updates} updates of {s.accumulate} x {s.micro_batch} tasks of {len(screen.genes)} genes, "
-          f"{first.target.shape[-2]} cells, K = {s.context}; {head['parameters'] / 1e6:.2f}M parameters, {mesh.size} x "
-          f"{jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""), flush=True)
+    state = placed(state, everywhere)
+    if chief:
+        print(f"{folder}: {s.updates} updates of {s.accumulate} x {s.micro_batch} tasks of {len(screen.genes)} genes, "
+              f"{first.target.shape[-2]} cells, K = {s.context}; {head['parameters'] / 1e6:.2f}M parameters, "
+              f"{mesh.size} x {jax.devices()[0].device_kind}" + (f"; going on from update {done}" if done else ""),
+              flush=True)
+        log = Log(folder / "log.csv", done, s)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    log, saved = Log(folder / "log.csv", done), time.monotonic()
-    bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2)
-    losses, logged_at, logged = [], time.monotonic(), done
+    saved, losses = time.monotonic(), []
+    bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2, disable=not chief)
     for i in range(done + 1, s.updates + 1):
-        batches = jax.device_put(update_tasks(s, screen, i - 1), share)
-        state, loss, norm = update(state, batches, key)
+        drawn = update_tasks(s, screen, i - 1, own_share(s))
+        state, loss, norm = update(state, placed(drawn, shared), key)
         losses.append(loss)
-        if i % s.log_every == 0 or i == s.updates:
-            mean = float(np.mean(jax.device_get(losses)))
+        logging = i % s.log_every == 0 or i == s.updates
+        if logging:
+            mean, losses = float(np.mean(jax.device_get(losses))), []
             if not np.isfinite(mean):
                 raise BadInput(f"{folder}: the loss is {mean} at update {i}; lower --learning-rate")
-            speed = (i - logged) * s.micro_batch * s.accumulate / (time.monotonic() - logged_at)
-            row = {"update": i, "tasks": i * s.micro_batch * s.accumulate, "loss": f"{mean:.6g}",
-                   "learning_rate": f"{rate_applied(state):.6g}", "gradient_norm": f"{float(norm):.4g}",
-                   "tasks_per_second": f"{speed:.1f}"}
-            if i % s.validate_every == 0 or i == s.updates:
-                row["validation_loss"] = f"{validate(state):.6g}"
-            log.row(**row)
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} tasks/s", refresh=False)
-            losses, logged_at, logged = [], time.monotonic(), i
+        if logging and chief:
+            validation = validate(here(state), held_out) if i % s.validate_every == 0 or i == s.updates else None
+            bar.set_postfix_str(log.row(i, mean, validation, rate_applied(state), float(norm)), refresh=False)
             if time.monotonic() - saved > s.checkpoint_seconds and i < s.updates:  # only right after a row of the log
-                model.write_leaves(folder / "checkpoint.eqx", head | {"update": i}, state)
+                model.write_leaves(folder / "checkpoint.eqx", head | {"update": i}, here(state))
                 saved = time.monotonic()
-        if i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:  # evenly over the run
-            model.write_leaves(folder / "snapshots" / f"update-{i}.eqx", head | {"update": i}, averaged(s, state))
+        if chief and i * s.snapshots // s.updates > (i - 1) * s.snapshots // s.updates:  # evenly over the run
+            kept = folder / "snapshots" / f"update-{i}.eqx"
+            model.write_leaves(kept, head | {"update": i}, averaged(s, here(state)))
         bar.update()
     bar.close()
-    model.write_leaves(folder / "model.eqx", head | {"update": s.updates}, averaged(s, state))
-    (folder / "checkpoint.eqx").unlink(missing_ok=True)
+    if chief:
+        model.write_leaves(folder / "model.eqx", head | {"update": s.updates}, averaged(s, here(state)))
+        (folder / "checkpoint.eqx").unlink(missing_ok=True)
+    multihost_utils.sync_global_devices("the model is written")  # nobody goes on before
     return update
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
+
+
+def join(s: Settings) -> int:
+    """Join the other processes of this run, if there are any; returns the number of all. To be called before anything
+    touches a device. SLURM and Open MPI let JAX find out who is who (one process for each GPU), --coordinator tells it.
+
+    Raises BadInput if the others do not come.
+    """
+    if s.coordinator:
+        if not (0 <= s.process < s.processes and ":" in s.coordinator):
+            raise BadInput(f"--coordinator {s.coordinator} --processes {s.processes} --process {s.process}: expected "
+                           "host:port, how many, and a number from 0 to one less")
+        processes = s.processes
+        known = {"coordinator_address": s.coordinator, "num_processes": processes, "process_id": s.process,
+                 "cluster_detection_method": "deactivate"}
+    else:
+        processes, known = max(int(os.environ.get(name, 1)) for name in LAUNCHERS), {}
+        if processes == 1:
+            return 1
+    try:
+        jax.distributed.initialize(**known, initialization_timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"the {processes} processes of this run did not meet ({str(error).splitlines()[0]}); "
+                       "CLUSTER.md says how to start them") from None
+    return processes
 
 
 def use_all_cores(share: int) -> None:
@@ -421,20 +494,28 @@ def sections(s: Settings) -> tuple[str, ...]:
 def main() -> None:
     """Train on each split of the screen, skipping what is finished."""
     s = scales.parse(Settings, sections)
-    if s.micro_batch > 0:
-        use_all_cores(s.micro_batch)
+    share = s.micro_batch // join(s)  # of this process
+    if share > 0:
+        use_all_cores(share)
     check(s)
-    update = None
+    compiled = {}  # updates of runs that differ in nothing but their data
     for path in tasks.splits(s):
         screen, split = tasks.load_screen(path), tasks.split_number(path)
-        run = dataclasses.replace(s, seed=s.seed + split)
+        run = dataclasses.replace(s, seed=s.seed + SPLIT_SEEDS * split)
         folder = model.run_folder(s, s.name or s.screen, split)
+        if s.rates:
+            import choose  # here, as it imports this file
+
+            choice = choose.chosen(run, folder, screen)
+            run = dataclasses.replace(run, **{name: choice[name] for name in ("updates", "learning_rate", "guidance")})
         finished = folder / "model.eqx"
         if finished.is_file():
             check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
-            print(f"{folder}: already trained")
+            if jax.process_index() == 0:
+                print(f"{folder}: already trained")
             continue
-        update = train(run, folder, screen, update)
+        size = run.updates, run.learning_rate
+        compiled[size] = train(run, folder, screen, compiled.get(size))
 
 
 if __name__ == "__main__":

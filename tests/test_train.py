@@ -219,7 +219,7 @@ def test_held_out_graphs_are_not_trained_on(like, trained):
     assert not values(screen.treatments[screen.split == TEST]) & (seen | values(batch.given.query))
     without = dataclasses.replace(screen, split=np.where(screen.split == VALIDATION, TEST, screen.split))
     assert train.validation_tasks(like(), without) is None
-    assert np.isnan(train.make_validation(like(), None, None)(None))
+    assert np.isnan(train.make_validation(like(), None)(None, None))
 
 
 def test_validation_changes_nothing(trained, beginning):
@@ -228,8 +228,8 @@ def test_validation_changes_nothing(trained, beginning):
     state, *_ = run_update(trained.update, state, micro_batches(random_tasks(0, 8), 1))
     state = jax.tree.map(jnp.asarray, state)
     before = jax.tree.map(np.array, state)
-    validate = train.make_validation(trained.settings, static, train.validation_tasks(trained.settings, trained.screen))
-    assert validate(state) == validate(state) > 0
+    validate, held_out = train.make_validation(trained.settings, static), train.validation_tasks(trained.settings, trained.screen)
+    assert validate(state, held_out) == validate(state, held_out) > 0
     assert jax.tree.all(jax.tree.map(np.array_equal, before, state))
 
 
@@ -239,8 +239,8 @@ def test_training_learns_and_ends_tidily(trained, beginning):
     assert [int(row["update"]) for row in rows] == list(range(1, 121)) and rows[-1]["tasks"] == "960"
     s, (state, static) = trained.settings, beginning
     untrained = state._replace(average=jax.tree.map(lambda x: (1 - s.ema) * x, state.parameters), update=jnp.array(1))
-    validate = train.make_validation(s, static, train.validation_tasks(s, trained.screen))
-    assert float(rows[-1]["validation_loss"]) < 0.97 * validate(untrained)
+    validate, held_out = train.make_validation(s, static), train.validation_tasks(s, trained.screen)
+    assert float(rows[-1]["validation_loss"]) < 0.97 * validate(untrained, held_out)
     assert {file.name for file in trained.folder.iterdir()} == {"model.eqx", "log.csv"}
     head, network = model.load_model(trained.folder / "model.eqx")
     assert head["width"] == 16 and head["learning_rate"] == 3e-3 and head["revision"] == scales.revision()
@@ -254,8 +254,8 @@ def test_killed_and_resumed_is_undisturbed(trained, like, tmp_path, monkeypatch,
     does one that looks at the validation tasks more often and logs means of 7 updates, of each exactly those 7."""
     s, made = like(**looking), train.update_tasks
 
-    def stopping(s, screen, update):
-        return made(s, screen, update) if update != 25 else sys.exit("a power cut")
+    def stopping(s, screen, update, share):
+        return made(s, screen, update, share) if update != 25 else sys.exit("a power cut")
 
     monkeypatch.setattr(train, "update_tasks", stopping)
     clock = iter(range(10**6))
