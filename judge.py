@@ -1,6 +1,6 @@
 """The statistics of a comparison: is one row of the tables better than another, or may it be chance?
 
-Paper: silent (section 6 compares means). Used by tables.py and figures.py; has no stage of its own. What may differ from
+Paper: silent (section 6 compares means). Used by tables.py and figures.py; no stage of its own. What may differ from
 one repetition to the next, and so makes an error, is
 
     conditions   the systems and treatments that happen to be tested

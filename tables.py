@@ -9,7 +9,7 @@ Departures that the tables inherit: D10, D28, D32, D33.
 
     row      a line of a table: a method, its seeds taken together
     file     metrics of one row for one split, draw of cells and seed: `meta` and `metrics`
-    unit     what rows are paired by: a held-out system if a file has several, else a split
+    item     a comparison of two rows in one metric, as judge.py makes it
 """
 
 import importlib.metadata
@@ -17,13 +17,15 @@ import json
 import platform
 import re
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import judge
 import scales
+from claims import CLAIMS, FIGURE_CLAIMS, Claim
 from metrics import METRICS, prediction_files, up_to_date
 from scales import BadInput
 
@@ -34,7 +36,7 @@ PAPER_TITLES = {"linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia
                 "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)"}
 ROWS = {  # in the order of the tables
     "cpa": "CPA", "condot": "CondOT", "mfm": "MFM", "cellflow": "CellFlow", "state": "STATE",
-    "condot-released": "CondOT, random init", "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)",
+    "condot-identity": "CondOT, identity init", "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)",
     "mappfn-pretrained": "MapPFN (pre-trained)", "mappfn-finetuned": "MapPFN (fine-tuned)",
     "mappfn-unpaired": "– paired prior", "mappfn-no-context": "– interventional context",
     "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
@@ -42,36 +44,12 @@ ROWS = {  # in the order of the tables
     "target-gene": "Target gene", "bilinear-ridge": "Bilinear ridge", "constant-mean": "Constant mean",
 }
 ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
-PUBLISHED = ("cpa", "condot", "mfm", "cellflow", "state")
 # What a trained row has to beat. Not "constant-mean", which is no set of cells.
 SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
-ADVANTAGE = ("Mean ± standard error of n paired differences (units: held-out systems, or splits) to the one that is "
-             "hardest to beat; positive: better; MR: how much closer to 1.")
-# The claims of section 6, in order: statement, screen (one of the paper's, or "real": the first of log-expression data
-# that has the row), row, rivals, metrics. The row is held against the best of its rivals.
-CLAIMS = [
-    ("MapPFN is best on linear SCMs in every metric",
-     "linear", "mappfn", ("condot", "mfm"), PAPER_COLUMNS[:5]),
-    ("CondOT and MFM stay near identity on linear SCMs (MR about 0.1), MapPFN does not",
-     "linear", "mappfn", ("condot", "mfm"), ("magnitude_ratio",)),
-    ("Fine-tuned MapPFN has the best PDS, MR and AUPRC on real cells",
-     "real", "mappfn-finetuned", PUBLISHED, ("pds", "magnitude_ratio", "auprc")),
-    ("Pre-training helps: fine-tuned beats random initialisation in all but W2",
-     "real", "mappfn-finetuned", ("mappfn-random",), PAPER_COLUMNS[1:]),
-    ("Interventional context improves every metric (Table 4)",
-     "real", "mappfn-pretrained", ("mappfn-no-context",), PAPER_COLUMNS),
-    ("Zero-shot, MapPFN finds differentially expressed genes on par with the best baseline trained on real cells",
-     "real", "mappfn-pretrained", PUBLISHED, ("auprc",)),
-    ("The paired prior improves every metric (Table 4)",
-     "real", "mappfn-pretrained", ("mappfn-unpaired",), PAPER_COLUMNS),
-]
-FIGURE_CLAIMS = {  # figure that has the evidence; numbered on
-    "variance": "The paired prior learns variances faster and better (Figure 2)",
-    "tta": "Test-time augmentation raises AUPRC (Figure 3)",
-    "context": "More context experiments lower W2 (Figure 5a)",
-    "cells": "More cells than were trained with lower W2 (Figure 5b)",
-    "coverage": "The prior covers the range of real expression and fold changes (Figure 6)",
-}
+JUDGED = ("Differences: positive is better (MR: closer to 1). ± is the standard error, brackets are the 95% interval; "
+          "judge.py says what they allow for: conditions, overlapping splits (Nadeau and Bengio, 2003), trainings. "
+          "Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. Two trained rows with "
+          "fewer than three trainings of each are undecided.")
 
 
 @dataclass(frozen=True)
@@ -87,6 +65,7 @@ class Results(NamedTuple):
     title: str
     paper: str | None             # which of the paper's data sets it is
     rows: dict[str, list[dict]]   # row -> its files
+    penalties: dict               # (row, metric) -> judge.Row, as far as they were asked for
 
 
 def collect(folder: Path) -> Results:
@@ -99,12 +78,12 @@ def collect(folder: Path) -> Results:
                            f"python metrics.py {folder}")
         file = json.loads(path.read_text())
         meta = file["meta"]
-        rows.setdefault(meta["row"].split("-seed")[0], []).append(file)
+        rows.setdefault(re.sub(r"-seed\d+$", "", meta["row"]), []).append(file)
         if made.setdefault(meta["split"], meta.get("fingerprint")) != meta.get("fingerprint"):
             raise BadInput(f"{predictions} predicts other data than the files before it; the screen was made anew: "
                            "delete what was predicted from the old one")
     title, paper = meta.get("title", folder.name), meta.get("paper")
-    return Results(folder.name, PAPER_TITLES.get(paper, title), paper, rows)
+    return Results(folder.name, PAPER_TITLES.get(paper, title), paper, rows, {})
 
 
 def in_order(names, known) -> list[str]:
@@ -112,26 +91,14 @@ def in_order(names, known) -> list[str]:
     return [name for name in known if name in names] + sorted(set(names) - set(known))
 
 
-def per_unit(files: list[dict], metric: str) -> dict[str, float]:
-    """The value for each unit that rows can be paired by: a held-out system if a file has several, else a split. Mean
-    over draws of cells, seeds and conditions; units without a defined value are left out."""
-    found: dict[str, list[float]] = {}
-    for file in files:
-        numbers = file["metrics"]
-        names, values = [f"split {file['meta']['split']}"], [numbers[metric]]
-        if len(set(numbers["systems"])) > 1 and metric in numbers["conditions"]:
-            names, values = numbers["systems"], numbers["conditions"][metric]
-        for name, value in zip(names, values):
-            if value is not None:
-                found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
 def spread(files: list[dict], metric: str) -> list[float]:
-    """What a cell shows mean and sd of: a value for each file or, of a single file, for each of its systems."""
-    if len(files) == 1:
-        return list(per_unit(files, metric).values())
-    return [file["metrics"][metric] for file in files if file["metrics"][metric] is not None]
+    """What a cell shows mean and sd of: a value for each file or, of a single file, for each of its systems (AUPRC is
+    one number of all of them). What is not defined is left out."""
+    pairs = [(i, file["metrics"][metric]) for i, file in enumerate(files)]
+    numbers = files[0]["metrics"]
+    if len(files) == 1 and metric in numbers["conditions"] and metric != "auprc":
+        pairs = zip(numbers["systems"], numbers["conditions"][metric])
+    return list(judge.averages(pair for pair in pairs if pair[1] is not None).values())
 
 
 def spread_over(files: list[dict]) -> str:
@@ -147,33 +114,24 @@ def spread_over(files: list[dict]) -> str:
 
 
 def penalty(metric: str, value: float) -> float:
-    """A number that is smaller the better the value is."""
-    return {"lower": value, "higher": -value, "one": abs(value - 1)}[METRICS[metric].better]
+    """A number that is smaller the better the value is, in the units of the tables."""
+    return METRICS[metric].factor * {"lower": value, "higher": -value, "one": abs(value - 1)}[METRICS[metric].better]
 
 
-def advantage(rows: dict[str, list[dict]], a: str, b: str, metric: str) -> dict | None:
-    """By how much row a beats row b (positive: better; MR: how much closer to 1), in the units of the tables: mean of
-    the paired differences, its standard error, their number. None if fewer than two units are shared."""
-    one, other = per_unit(rows.get(a, []), metric), per_unit(rows.get(b, []), metric)
-    differences = []
-    for unit in one:
-        if unit in other:
-            differences.append(penalty(metric, other[unit]) - penalty(metric, one[unit]))
-    n = len(differences)
-    if n < 2:
-        return None
-    differences = METRICS[metric].factor * np.array(differences)
-    what = f"{METRICS[metric].heading} against {ROWS.get(b, b)}".replace("– ", "without ")
-    return {"what": what, "metric": metric, "difference": float(differences.mean()),
-            "error": float(differences.std(ddof=1) / np.sqrt(n)), "n": n}
-
-
-def evidence(rows: dict[str, list[dict]], row: str, rivals, wanted) -> list[dict]:
-    """In each metric, the advantage of the row over the rival that is hardest to beat."""
-    found = []
+def evidence(results: Results, row: str, rivals, wanted) -> dict[str, list[dict]]:
+    """For each metric, the row's comparisons with those of its rivals that there are."""
+    found: dict[str, list[dict]] = {}
     for metric in wanted:
-        items = filter(None, [advantage(rows, row, rival, metric) for rival in rivals])
-        found += sorted(items, key=itemgetter("difference"))[:1]
+        for name in (row, *rivals):
+            if name in results.rows and (name, metric) not in results.penalties:
+                results.penalties[name, metric] = judge.gather(results.rows[name], metric, partial(penalty, metric))
+        for rival in rivals:
+            rows = results.penalties.get((row, metric)), results.penalties.get((rival, metric))
+            item = judge.compare(*rows) if None not in rows else None
+            if item:
+                names = {"metric": metric, "row": row, "rival": rival}
+                what = f"{METRICS[metric].heading} against {ROWS.get(rival, rival)}".replace("– ", "without ")
+                found.setdefault(metric, []).append({"what": what} | names | item)
     return found
 
 
@@ -197,21 +155,25 @@ def summarise(results: Results, rows: list[str]) -> list[dict]:
 
 
 def budget(files: list[dict]) -> dict | None:
-    """What a trained row was given, the seconds of a fit (mean), and the share clipped to zero; None for other rows."""
-    meta = files[0]["meta"]
-    if "training" in meta:  # MapPFN: the header of its checkpoint
-        fit = meta["training"]
-        seconds = np.mean([file["meta"]["training"]["seconds"] for file in files])
-        size = f"{fit['micro_batch'] * fit['accumulate']} tasks"
-    elif "options" in meta:
-        fit = meta | meta["options"]
-        seconds = np.mean([file["meta"]["fit_seconds"] for file in files])
-        size = f"{fit['batch']} cells"
+    """What a trained row was given, the seconds of a fit (mean), whether its validation loss had stopped improving by
+    then, and the share clipped to zero; None for other rows."""
+    metas = [file["meta"] for file in files]
+    if "training" in metas[0]:  # MapPFN: the header of its checkpoint
+        fits = [meta["training"] for meta in metas]
+        updates, seconds = [fit["update"] for fit in fits], [fit["seconds"] for fit in fits]
+        size = f"{fits[0]['micro_batch'] * fits[0]['accumulate']} tasks"
+    elif "options" in metas[0]:
+        fits = [meta | meta["options"] for meta in metas]
+        updates, seconds = [meta["updates"] for meta in metas], [meta["fit_seconds"] for meta in metas]
+        size = f"{fits[0]['batch']} cells"
     else:
         return None
-    clipped = np.mean([file["meta"].get("clipped_fraction", 0) for file in files])
-    return {"updates": fit["updates"], "of": size, "parameters": fit["parameters"],
-            "seconds a fit": round(float(seconds)), "negative, clipped": f"{clipped:.1%}"}
+    stopped = [fit["stopped"] for fit in fits if fit.get("stopped") is not None]
+    clipped = np.mean([meta.get("clipped_fraction", 0) for meta in metas])
+    return {"updates": round(float(np.mean(updates))), "of": size, "parameters": fits[0]["parameters"],
+            "seconds a fit": round(float(np.mean(seconds))),
+            "had stopped improving": f"{sum(stopped)} of {len(stopped)}" if stopped else "not asked",
+            "negative, clipped": f"{clipped:.1%}"}
 
 
 def gap_closed(table: list[dict]) -> dict[str, float]:
@@ -233,11 +195,15 @@ def grid(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def said(items: list[dict]) -> str:
-    """`what +difference ± standard error (n = number); ...`"""
+    """`what: outcome, +difference [95% interval], n = number of units; ...`, as far as there are these."""
     parts = []
     for item in items:
-        error = "" if item["error"] is None else f" ± {item['error']:.3f}"
-        parts.append(f"{item['what']} {item['difference']:+.3f}{error} (n = {item['n']})")
+        text = f"{item['what']}: {item['outcome']}, {item['difference']:+.3f}"
+        if item.get("low") is not None:
+            text += f" [{item['low']:+.3f}, {item['high']:+.3f}]"
+        if item.get("n"):
+            text += f", n = {item['n']} {item['units']}"
+        parts.append(text)
     return "; ".join(parts)
 
 
@@ -279,7 +245,7 @@ def inputs_section(screens: list[Results], document: dict) -> list[str]:
     for results in screens:
         for row, files in results.rows.items():
             if "conditions_on" in files[0]["meta"]:
-                method = "mappfn" if row.startswith("mappfn") else row.removesuffix("-released")
+                method = "mappfn" if row.startswith("mappfn") else row.removesuffix("-identity")
                 found[method] = files[0]["meta"]["conditions_on"]
     document["tables"]["inputs"] = found
     lines = []
@@ -297,7 +263,8 @@ def table_section(results: Results, rows: list[str], name: str, title: str, docu
     for entry in table:
         over.setdefault(entry["over"], []).append(entry["title"])
         if entry["budget"]:
-            entry["advantage"] = evidence(results.rows, entry["row"], SIMPLE, METRICS)
+            found = evidence(results, entry["row"], SIMPLE, METRICS)
+            entry["advantage"] = judge.decide([judge.hardest(items) for items in found.values()])
             budgets.append([entry["title"], *map(str, entry["budget"].values())])
             given = ["trained row", *entry["budget"]]
             compared.append([entry["title"], *advantages(entry["advantage"])])
@@ -312,16 +279,18 @@ def table_section(results: Results, rows: list[str], name: str, title: str, docu
         lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {shares}.", ""]
     if budgets:
         headings = ["better than the best simple row by", *(heading(metric) for metric in METRICS)]
-        lines += [*grid(headings, compared), "", ADVANTAGE, "", *grid(given, budgets), ""]
+        lines += [*grid(headings, compared), "", *grid(given, budgets), ""]
     return lines
 
 
 def advantages(items: list[dict]) -> list[str]:
-    """The cells of a trained row: in each metric, its advantage over the simple row that is named."""
+    """The cells of a trained row: in each metric, its advantage over the simple row that is named; what is not by
+    chance says so."""
     cells = dict.fromkeys(METRICS, "–")
     for item in items:
-        rival = item["what"].split(" against ")[1]
-        cells[item["metric"]] = f"{item['difference']:+.3f} ± {item['error']:.3f} ({rival})"
+        error = "" if item["error"] is None else f" ± {item['error']:.3f}"
+        outcome = f", {item['outcome']}" * (item["outcome"] in ("better", "worse"))
+        cells[item["metric"]] = f"{item['difference']:+.3f}{error} ({ROWS[item['rival']]}{outcome})"
     return list(cells.values())
 
 
@@ -357,29 +326,62 @@ def figure_section(root: Path, document: dict) -> list[str]:
     return lines
 
 
+def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
+    """What came of a claim on each screen that it is about: outcome, items, rivals that are not there."""
+    found, waiting = [], set(PAPER) & claim.wanted.keys()
+    if "real" in claim.wanted:
+        waiting |= PAPER.keys() - {"linear"}
+    for results in screens:
+        real = any(files[0]["metrics"]["log_expression"] for files in results.rows.values())
+        wanted = claim.wanted.get(results.paper) or (claim.wanted.get("real", ()) if real else ())
+        items, absent = [], []
+        for row, rivals in claim.pairs:
+            absent += [name for name in (row, *rivals) if name not in results.rows]
+            of_row = evidence(results, row, rivals, wanted)
+            for comparisons in of_row.values():
+                items.append(judge.hardest(comparisons, claim.margin or 0.0))
+                if len(claim.pairs) > 1:
+                    items[-1]["what"] = f"{ROWS[row]}, {items[-1]['what']}"
+        if items:
+            waiting.discard(results.paper)
+            judge.decide(items, claim.margin)
+            found.append({"screen": results.name, "outcome": judge.verdict(items), "items": items, "absent": absent})
+    for name in sorted(waiting):
+        reason = document["tables"].get(name, {}).get("not_run", "no such rows to compare")
+        found.append({"screen": name, "outcome": f"not run: {reason}", "items": [], "absent": []})
+    return found
+
+
+def judged_by_figure(figure: dict) -> list[dict]:
+    """What came of a claim on each screen in a figure, whose items are decided already."""
+    by_screen: dict[str, list[dict]] = {}
+    for item in figure.get("evidence", []):
+        by_screen.setdefault(item["screen"], []).append(item)
+    if not by_screen:
+        reason = figure.get("not_run", "no such figure, or too few values in it")
+        return [{"screen": "all", "outcome": f"not run: {reason}", "items": [], "absent": []}]
+    found = []
+    for screen, items in by_screen.items():
+        found.append({"screen": screen, "outcome": judge.verdict(items), "items": items, "absent": []})
+    return found
+
+
 def claim_section(screens: list[Results], document: dict) -> list[str]:
-    """What is claimed, and the evidence, or why there is none."""
-    claims = []
-    for statement, screen, row, rivals, wanted in CLAIMS:
-        items = []
-        for results in screens:
-            real = row in results.rows and results.rows[row][0]["metrics"]["log_expression"]
-            if results.paper == screen or (screen == "real" and real):
-                statement += f" [{results.name}]"
-                items = evidence(results.rows, row, rivals, wanted)
-                break
-        claims.append((statement, items, "no such rows to compare"))
-    for name, statement in FIGURE_CLAIMS.items():
-        figure = {"evidence": [], "not_run": "no such figure, or too few values in it"}
-        figure |= document["figures"].get(name, {})
-        claims.append((statement, figure["evidence"], figure["not_run"]))
-    lines = []
-    for number, (statement, items, reason) in enumerate(claims, 1):
-        found = said(items) or f"not run: {reason}"
-        lines.append([str(number), statement, found])
-        document["claims"].append({"number": number, "statement": statement, "evidence": items, "found": found})
-    return ["## What the paper claims, and what was found", "", ADVANTAGE, "",
-            *grid(["", "claim", "evidence"], lines), ""]
+    """What the paper says, what was asked, and what came of it on each screen."""
+    claims = [(claim.says, claim.asks, judged(claim, screens, document)) for claim in CLAIMS]
+    for name, (says, asks) in FIGURE_CLAIMS.items():
+        claims.append((says, asks, judged_by_figure(document["figures"].get(name, {}))))
+    lines = ["## What the paper claims, and what was found", "", JUDGED, ""]
+    for number, (says, asks, found) in enumerate(claims, 1):
+        document["claims"].append({"number": number, "paper": says, "asked": asks, "judged": found})
+        rows = []
+        for of_screen in found:
+            text = said(of_screen["items"]) or "–"
+            if of_screen["absent"]:
+                text += f"; not there: {', '.join(of_screen['absent'])}"
+            rows.append([of_screen["screen"], of_screen["outcome"], text])
+        lines += [f"### {number}. \"{says}\"", "", f"{asks}:", "", *grid(["screen", "outcome", "evidence"], rows), ""]
+    return lines
 
 
 def run_section(root: Path, document: dict) -> list[str]:

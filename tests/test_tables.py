@@ -3,27 +3,35 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
+import judge
 import scales
 import tables
+from claims import CLAIMS, FIGURE_CLAIMS, MARGIN, PUBLISHED
 from metrics import METRICS
 from scales import BadInput
 
-HEAD = {"updates": 7, "micro_batch": 2, "accumulate": 3, "parameters": 1234, "seconds": 5.0}  # of a checkpoint
+HEAD = {"update": 7, "micro_batch": 2, "accumulate": 3, "parameters": 1234, "seconds": 5.0}  # of a checkpoint
 near = pytest.approx
 
 
-def result(folder, row, split=0, systems=("all",), conditions=None, meta=None, log_expression=False, **values):
+def result(folder, row, split=0, draw=0, systems=("all",), treatments=("a",), conditions=None, meta=None,
+           log_expression=False, **values):
     """A file of predictions, by name only, and its metrics, all 0.5 but for `values`."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{row}-split{split}-draw0.json"
+    file = folder / f"{row}-split{split}-draw{draw}.json"
     file.with_suffix(".npz").write_bytes(b"not looked at")
     numbers = dict.fromkeys(METRICS, 0.5) | {"auprc": None} | values
-    numbers |= {"systems": systems, "conditions": conditions or {}, "log_expression": log_expression}
-    about = {"row": row, "split": split, "draw": 0, "revision": "abc", "title": f"Title of {folder.name}"}
+    conditions = conditions or {name: [numbers[name]] * len(systems) for name in METRICS}
+    numbers |= {"systems": systems, "treatments": treatments, "conditions": {"auprc": [None]} | conditions,
+                "log_expression": log_expression}
+    about = {"row": row, "split": split, "draw": draw, "revision": "abc", "title": f"Title of {folder.name}"}
     if folder.name in tables.PAPER:
         about["paper"] = folder.name
+    if "-seed" in row:
+        about["trained_seed"] = int(row.split("-seed")[1])
     file.write_text(json.dumps({"meta": about | (meta or {}), "metrics": numbers}))
 
 
@@ -47,7 +55,7 @@ def test_mean_and_spread(linear):
     """Three seeds with RMSE 0.1, 0.2 and 0.6 are 0.3 +- 0.2646 (n - 1), one row with one budget; MMD is in
     thousandths; beside them stand the paper's numbers."""
     for i, value in enumerate((0.1, 0.2, 0.6)):
-        meta = {"training": HEAD, "clipped_fraction": 0.125}
+        meta = {"training": HEAD | {"update": 5 + i, "stopped": i > 0}, "clipped_fraction": 0.125}
         result(linear, f"mappfn-seed{i}", rmse=value, mmd=value / 100, meta=meta)
     row, = tables.summarise(tables.collect(linear), ["mappfn"])
     assert (row["row"], row["title"], row["files"]) == ("mappfn", "MapPFN", 3)
@@ -55,12 +63,12 @@ def test_mean_and_spread(linear):
     for metric, factor, paper in (("rmse", 1, [0.14, 0.00]), ("mmd", 10, [4.28, 0.06])):
         expected = {"mean": near(0.3 * factor), "sd": near(factor * 0.07**0.5), "n": 3, "paper": paper}
         assert row["metrics"][metric] == expected
-    assert list(row["budget"].values()) == [7, "6 tasks", 1234, 5, "12.5%"]
+    assert list(row["budget"].values()) == [6, "6 tasks", 1234, 5, "2 of 3", "12.5%"]
 
 
 def test_one_file_of_several_systems_is_spread_over_them(linear):
     """Its conditions are averaged within each system; an undefined one (None) is left out, not zero."""
-    result(linear, "identity", systems=["a", "a", "b", "b"], conditions={"rmse": [1.0, 3.0, None, 6.0]})
+    result(linear, "identity", systems="aabb", treatments="wxyz", conditions={"rmse": [1.0, 3.0, None, 6.0]})
     row, = tables.summarise(tables.collect(linear), ["identity"])
     assert row["metrics"]["rmse"] == {"mean": 4.0, "sd": near(8**0.5), "n": 2, "paper": [0.28, 0.01]}
     assert row["over"] == "2 held-out systems" and row["budget"] is None
@@ -81,6 +89,12 @@ def test_numbers_of_the_paper():
                                  ("leukemia", "mappfn-random", [14.95, 24.47, 0.19, 0.54, 0.82, 0.16])):
         assert [mean for mean, _ in tables.PAPER[paper][row]] == expected
         assert tables.PAPER[paper].keys() <= tables.ROWS.keys()
+    assert all(row in tables.ROWS for claim in CLAIMS for pair in claim.pairs for row in (pair[0], *pair[1]))
+    spreads = []
+    for paper in ("leukemia", "melanoma"):
+        for row in set(PUBLISHED) - {"condot"} | {"condot-identity"}:
+            spreads.append(tables.PAPER[paper][row][5][1])
+    assert max(spreads) == MARGIN
     assert set(tables.PAPER_COLUMNS) <= METRICS.keys() and tables.PAPER.keys() == tables.PAPER_TITLES.keys()
 
 
@@ -94,45 +108,113 @@ def test_gap_closed():
 
 
 @pytest.mark.parametrize("metric", ["auprc", "rmse", "magnitude_ratio"])
-def test_paired_advantage(tmp_path, metric):
-    """Better by 0.1, 0.2 and 0.3 is 0.2 with standard error 0.1 / sqrt(3): AUPRC higher, RMSE lower, MR closer to 1.
-    A split that one row lacks is left out. The rival is the simple row that is hardest to beat, not a reference."""
+def test_advantage(tmp_path, metric):
+    """Better by 0.1, 0.2 and 0.3 in three treatments is 0.2 with standard error 0.1 / sqrt(3): AUPRC higher, RMSE
+    lower, MR closer to 1. A condition that one row lacks is left out."""
     for split, more in enumerate((0.1, 0.2, 0.3)):
-        result(tmp_path, "cpa", split, auprc=0.5 + more, rmse=0.5 - more, magnitude_ratio=1 - more)
-        result(tmp_path, "additive", split, auprc=0.5, rmse=0.5, magnitude_ratio=1 + 2 * more)
-        result(tmp_path, "identity", split, auprc=0.1, rmse=9, magnitude_ratio=9)
-        result(tmp_path, "observed", split, auprc=0.9, rmse=0, magnitude_ratio=1)
-    result(tmp_path, "additive", 3, auprc=0.9, rmse=0.9)
-    rows = tables.collect(tmp_path).rows
-    item, = tables.evidence(rows, "cpa", tables.SIMPLE, [metric])
-    assert item.pop("what") == f"{METRICS[metric].heading} against Additive"
-    assert item == {"metric": metric, "difference": near(0.2), "error": near(0.1 / 3**0.5), "n": 3}
-    assert tables.advantage(rows, "additive", "cpa", metric)["difference"] == near(-0.2)
-    assert tables.advantage(rows, "cpa", "mfm", metric) is None
+        about = {"treatments": [f"t{split}"]}
+        result(tmp_path, "target-gene", split, **about, auprc=0.5 + more, rmse=0.5 - more, magnitude_ratio=1 - more)
+        result(tmp_path, "additive", split, **about, auprc=0.5, rmse=0.5, magnitude_ratio=1 + 2 * more)
+    result(tmp_path, "additive", 3, auprc=0.9, rmse=0.9, treatments=["t3"])
+    results = tables.collect(tmp_path)
+    item, = tables.evidence(results, "target-gene", ("additive", "absent"), [metric])[metric]
+    assert item["what"] == f"{METRICS[metric].heading} against Additive"
+    assert (item["difference"], item["error"], item["n"]) == (near(0.2), near(0.1 / 3**0.5), 3)
+    item, = tables.evidence(results, "additive", ("target-gene",), [metric])[metric]
+    assert item["difference"] == near(-0.2)
+    assert tables.evidence(results, "additive", ("mfm",), [metric]) == {}
 
 
-def test_evidence_for_claims(report, linear, tmp_path):
-    """A claim is held against the hardest rival, one of real cells on the first screen that has the row, one of a
-    figure against what that figure says; without results it says why."""
-    for split in range(3):
-        for row, value in {"mappfn-seed0": 0.5, "condot-seed0": 0.9, "mfm-seed0": 0.2}.items():
-            result(linear, row, split, rmse=value)
-        for row, value in {"mappfn-pretrained": 0.5, "cpa": 0.3, "mfm": 0.4}.items():
-            result(linear.parent / "own", row, split, log_expression=True, auprc=value)
-    item = {"what": "1 to 8: W2", "difference": 2.0, "error": None, "n": 3}
+def conditions_of(rng, base, noise, count):
+    """Values of each metric for some conditions: `base` worse than perfect, and noise."""
+    found = {}
+    for name, metric in METRICS.items():
+        worse = base + noise * rng.normal(size=count)
+        found[name] = list({"lower": worse, "higher": 1 - worse, "one": 1 + worse}[metric.better])
+    return found
+
+
+def made_up(folder, quality, systems, splits, log_expression, draws, seeds, fitted_to=0):
+    """Made-up predictions of a screen, whose `splits` have these treatments: rows of a certain quality, each training a
+    little different."""
+    rng = np.random.default_rng(0)
+    for row, base in quality.items():
+        trained = row in PUBLISHED or row.startswith("mappfn")
+        for seed in range(seeds if trained else 1):
+            level = base + 0.01 * rng.normal()
+            for split, treatments in enumerate(splits):
+                for draw in range(draws):
+                    conditions = conditions_of(rng, level, 0.02, len(systems))
+                    if not log_expression:
+                        conditions["auprc"] = [None] * len(systems)
+                    values = {name: float(np.mean(found)) for name, found in conditions.items() if found[0] is not None}
+                    meta = {"fitted_to": fitted_to * (row not in ZERO_SHOT)} if trained else {}
+                    name = f"{row}-seed{seed}" if trained else row
+                    result(folder, name, split, draw, systems, treatments, conditions, meta, log_expression, **values)
+
+
+ZERO_SHOT = ("mappfn-pretrained", "mappfn-no-context", "mappfn-unpaired")
+REAL = {"mappfn-finetuned": 0.1, "mappfn-pretrained": 0.3, "mappfn-random": 0.4, "mappfn-no-context": 0.2,
+        "mappfn-unpaired": 0.3, "cpa": 0.3, "condot": 0.31, "mfm": 0.3, "cellflow": 0.5, "state": 0.5, "identity": 0.6}
+
+
+def test_paper_sizes_are_judged(report, linear):
+    """One split of 24 conditions in one system with ten draws, ten graphs with six conditions, and three trainings of
+    each row: every claim of the tables has an outcome that is right, and every item of it an error and p. Leukemia
+    does not speak for melanoma."""
+    systems = [f"g{i}" for i in range(10) for _ in range(6)]
+    quality = {"mappfn": 0.1, "mfm": 0.3, "condot": 0.4, "target-only": 0.3, "identity": 0.5}
+    made_up(linear, quality, systems, [[f"x{i % 6}" for i in range(60)]], False, 1, 3)
+    treatments = [f"t{i}" for i in range(24)]
+    made_up(linear.parent / "melanoma", REAL, ["all"] * 24, [treatments], True, 10, 3, fitted_to=90)
+    _, document = report()
+    outcomes = {}
+    for claim in document["claims"][:7]:
+        found = {of_screen["screen"]: of_screen for of_screen in claim["judged"]}
+        outcomes[claim["number"]] = found.pop("linear" if claim["number"] < 3 else "melanoma")
+        assert all(of_screen["outcome"].startswith("not run") for of_screen in found.values())
+        for item in outcomes[claim["number"]]["items"]:
+            assert item["error"] > 0 and item["p_holm"] <= 1 and item["n"] in (10, 24)
+    found = {number: of_screen["outcome"] for number, of_screen in outcomes.items()}
+    assert found[1] == found[3] == found[4] == "holds" and found[6] == "holds"
+    assert found[2].startswith("holds in 2 of 3") and "Target only, MR against MFM" in found[2]
+    assert found[5] == "worse" and found[7] == "not told apart" and outcomes[4]["items"][0]["trainings"] == 3
+
+
+def test_splits_are_judged(report, linear):
+    """Five overlapping splits: rows that are fitted to each anew are compared over splits, one model for all of them
+    over conditions. With one training of each they are undecided, and the numbers stand there all the same."""
+    splits = [[f"t{(split + i) % 9}" for i in range(4)] for split in range(5)]
+    made_up(linear.parent / "leukemia", REAL, ["all"] * 4, splits, True, 1, 1, fitted_to=5)
+    _, document = report()
+    claims = [{of["screen"]: of for of in claim["judged"]}["leukemia"] for claim in document["claims"][2:7]]
+    assert [claim["outcome"] for claim in claims] == ["undecided"] * 5
+    assert all(item["error"] > 0 for claim in claims for item in claim["items"])
+    units = [(claim["items"][0]["units"], claim["items"][0]["n"]) for claim in claims]
+    assert units == [("splits", 5), ("splits", 5), ("conditions", 8), ("splits", 5), ("conditions", 8)]
+
+
+def test_claims_of_figures(report, linear, tmp_path):
+    """What a figure has decided is said screen by screen; a rival that is missing is named; without results a claim
+    says why. The paper's words stand beside all of it."""
+    for row in ("mappfn-seed0", "condot-seed0"):
+        result(linear, row, rmse=0.2 + 0.3 * (row[0] == "c"))
+    item = judge.t_test(2.0, [(0.01, 20)]) | {"trainings": None, "n": 21, "units": "conditions"}
+    items = []
+    for screen, sign in (("one", 1), ("other", -1)):
+        items += judge.decide([item | {"what": "W2", "screen": screen, "difference": 2.0 * sign}])
     folder = tmp_path / "smoke" / "figures"
     folder.mkdir()
-    (folder / "context.json").write_text(json.dumps({"title": "5a", "evidence": [item], "caption": "Caption."}))
+    (folder / "context.json").write_text(json.dumps({"title": "5a", "evidence": items, "caption": "Caption."}))
     (folder / "tta.json").write_text('{"title": "tta", "not_run": "no GPU"}')
     text, document = report()
     found = {claim["number"]: claim for claim in document["claims"]}
-    assert len(found) == 12
-    assert "RMSE against MFM -0.300 ± 0.000 (n = 3)" in found[1]["found"]
-    assert found[6]["evidence"][0]["difference"] == near(0.1) and "[own]" in found[6]["statement"]
-    assert found[10]["found"] == "1 to 8: W2 +2.000 (n = 3)" and found[9]["found"] == "not run: no GPU"
+    assert len(found) == len(CLAIMS) + len(FIGURE_CLAIMS) == 12
+    assert [of["outcome"] for of in found[10]["judged"]] == ["holds", "worse"]
+    assert "| one | holds | W2: better, +2.000 [+1.791, +2.209], n = 21 conditions |" in text
+    assert "; not there: mfm |" in text and "| all | not run: no GPU | – |" in text
     for claim in document["claims"]:
-        assert claim["evidence"] or claim["found"].startswith("not run: ")
-        assert f"| {claim['number']} | {claim['statement']} | {claim['found']} |" in text
+        assert f'### {claim["number"]}. "{claim["paper"]}"' in text and claim["judged"]
     assert "![5a](figures/context.png)\n\nCaption." in text and "### tta\n\nnot run: no GPU" in text
 
 
@@ -151,7 +233,7 @@ def test_nothing_vanishes(report, linear):
     assert list(document["tables"])[1:4] == ["linear", "a-screen", "a-screen-ablations"]
     for line in ("## Title of a-screen (smoke", "| – paired prior | 0.5", "| my-method | 0.5",
                  "| MapPFN | treatment, controls |\n| my-method | treatment, dose |",
-                 "| MapPFN (pre-trained) | 7 | 6 tasks | 1234 | 5 | 0.0% |"):
+                 "| MapPFN (pre-trained) | 7 | 6 tasks | 1234 | 5 | not asked | 0.0% |"):
         assert "\n" + line in text
 
 
