@@ -2,7 +2,9 @@
 
 Paper: section 4.1, appendix A.1, equation 3 (the loss itself is in `train.py`). Reads and writes model files;
 `train.py` and `sample.py` import it. `python model.py` prints the number of parameters at each scale, in seconds.
-Departures from the paper, marked where they happen: D2, D3, D4, D11, D12, D34.
+Departures from the paper, marked where they happen: D2, D4, D11, D12, D34.
+
+How matrices are multiplied, and which kind of attention a machine is given, is in `attention.py`.
 
 The network sees *one* task and `jax.vmap` adds the batch. Cells are tokens, genes are the features of a token, and no
 token knows its position: whatever the network has to know about a token is added to it as a learnt embedding. What does
@@ -39,12 +41,13 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 import scales
+from attention import ATTENTION, PRECISIONS, chosen, product
 from scales import BadInput
 from tasks import Given
 
 SLOTS = 10  # context slots: any K up to this many works at test time, whatever K was trained on (released code)
 ROLES = ("observational", "interventional", "treatment")
-SPEED = {"attention", "remat"}  # settings that change no number
+SPEED = {"attention", "precision", "remat"}  # settings that change no number but by rounding
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Architecture:
     film_query: bool = False  # the query modulates every token, as the time does [D34]
     treatment_gain: float = 1.0  # of the initial weights of the treatment stream [D11]
     skip: bool = False  # predict what is to be added to the velocity of N(0, I) [D12]
-    attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto: changes no number
+    attention: str = "auto"  # plain, looped (CPU), cudnn (GPU), or auto: changes no number but by rounding
+    precision: str = "auto"  # of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU [D56]
     remat: bool = True  # recompute activations in the backward pass: less memory, changes no number (released code)
 
 
@@ -175,6 +179,7 @@ class Block(eqx.Module):
     cells: "Stream"
     treatments: "Stream"
     attention: str = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
 
     def __call__(self, streams: tuple, modulation: Float[Array, " E"]) -> tuple:
         """The tokens of the noise, cell and treatment streams, each [n, E] -> the same shapes."""
@@ -182,16 +187,16 @@ class Block(eqx.Module):
         films, queries, keys, values = [], [], [], []
         for stream, x in zip(weights, streams):
             film = stream.modulation(modulation)  # the same for all tokens of a stream: computed once
-            q, k, v = stream.before(x, film)
+            q, k, v = stream.before(x, film, self.precision)
             films.append(film)
             queries.append(q)
             keys.append(k)
             values.append(v)
         attended = joint_attention(jnp.concatenate(queries), jnp.concatenate(keys), jnp.concatenate(values),
-                                   self.attention)  # T H F
+                                   self.attention, self.precision)  # T H F
         after, first = [], 0
         for stream, x, film in zip(weights, streams, films):
-            after.append(stream.after(x, attended[first : first + len(x)], film))
+            after.append(stream.after(x, attended[first : first + len(x)], film, self.precision))
             first += len(x)
         return tuple(after)
 
@@ -230,21 +235,29 @@ class Stream(eqx.Module):
         """FiLM (Perez et al., 2018): scale and shift before attention, and again before the feed-forward network."""
         return self.film(time).reshape(4, -1)
 
-    def before(self, x: Float[Array, "n E"], film: Float[Array, "4 E"]) -> tuple:
+    def before(self, x: Float[Array, "n E"], film: Float[Array, "4 E"], precision: str) -> tuple:
         """Queries, keys and values [n, H, F]; queries and keys are RMS-normalised, as in Esser et al. (2024)."""
         x = jax.vmap(self.norm)(x) * (1 + film[0]) + film[1]
-        qkv = jax.vmap(self.qkv)(x).reshape(len(x), 3, self.heads, -1)  # n 3 H F
+        qkv = product(self.qkv, x, precision).reshape(len(x), 3, self.heads, -1)  # n 3 H F
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         q = jax.vmap(jax.vmap(self.q_norm))(q)
         k = jax.vmap(jax.vmap(self.k_norm))(k)
         return q, k, v
 
     def after(self, x: Float[Array, "n E"], attended: Float[Array, "n H F"],
-              film: Float[Array, "4 E"]) -> Float[Array, "n E"]:
+              film: Float[Array, "4 E"], precision: str) -> Float[Array, "n E"]:
         """Add what attention brought, then the feed-forward network; residual branches are not gated."""
-        x = x + jax.vmap(self.out)(attended.reshape(len(x), -1))
+        x = x + product(self.out, attended.reshape(len(x), -1), precision)
         y = jax.vmap(self.norm)(x) * (1 + film[2]) + film[3]
-        return x + jax.vmap(self.contract)(jax.nn.gelu(jax.vmap(self.expand)(y)))
+        hidden = jax.nn.gelu(product(self.expand, y, precision))  # n 4E
+        return x + product(self.contract, hidden, precision)
+
+
+def joint_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"],
+                    kind: str = "auto", precision: str = "auto") -> Float[Array, "T H F"]:
+    """Every token attends to every token of all three streams (A.1); in which way changes no number but by rounding."""
+    kind = chosen(kind, precision, q.shape[-1])
+    return ATTENTION[kind](q, k, v, precision)
 
 
 def make_block(a: Architecture, key: PRNGKeyArray) -> Block:
@@ -254,7 +267,8 @@ def make_block(a: Architecture, key: PRNGKeyArray) -> Block:
     # start 10 times larger. Its 1 + K tokens stand beside (1 + K) M cells, so attention that has learnt nothing yet
     # drowns them, and a short training spends most of its updates on finding out that there is a query.
     treatments = Stream(a.width, a.heads, a.treatment_gain, key=k_treatments)
-    return Block(Stream(a.width, a.heads, key=k_noise), Stream(a.width, a.heads, key=k_cells), treatments, a.attention)
+    return Block(Stream(a.width, a.heads, key=k_noise), Stream(a.width, a.heads, key=k_cells), treatments,
+                 a.attention, a.precision)
 
 
 def scaled(linear: eqx.nn.Linear, gain: float | Float[Array, "out 1"]) -> eqx.nn.Linear:
@@ -303,8 +317,9 @@ def build(a: Architecture, genes: int, *, key: PRNGKeyArray) -> eqx.Module:
         kind = getattr(importlib.import_module(file), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise BadInput(f"--network {a.network}: expected file.Class, such as model.MapPFN ({error})") from None
-    if a.attention not in (*ATTENTION, "auto"):
-        raise BadInput(f"--attention {a.attention}: expected one of {', '.join(ATTENTION)}, auto")
+    for name, known in (("attention", (*ATTENTION, "auto")), ("precision", PRECISIONS)):
+        if getattr(a, name) not in known:
+            raise BadInput(f"--{name} {getattr(a, name)}: expected one of {', '.join(known)}")
     alone = {field.name: getattr(a, field.name) for field in dataclasses.fields(Architecture)}  # of a script's settings
     return kind(Architecture(**alone), genes, key=key)
 
@@ -386,86 +401,6 @@ def outline_of(head: dict) -> eqx.Module:
 def outline(a: Architecture, genes: int) -> eqx.Module:
     """Shapes of a network with these settings."""
     return eqx.filter_eval_shape(lambda: build(a, genes, key=jr.key(0)))
-
-
-# --------------------------------------------------------------------------- nothing below changes a number: attention
-
-
-def joint_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"],
-                    kind: str = "auto") -> Float[Array, "T H F"]:
-    """Every token attends to every token of all three streams. `auto`: the loop on a CPU, the plain form elsewhere."""
-    if kind == "auto":
-        kind = "looped" if jax.default_backend() == "cpu" else "plain"
-    return ATTENTION[kind](q, k, v)
-
-
-def plain_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
-                    v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
-    """softmax(q k^T / sqrt(F)) v; no mask, since there is never any padding."""
-    scores = jnp.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])
-    return jnp.einsum("hts,shf->thf", jax.nn.softmax(scores), v)
-
-
-def looped_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
-                     v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
-    """`plain_attention` as a loop over heads and tasks: faster on a CPU, slower on a GPU.
-
-    XLA's batched product of many small matrices is slow on a CPU, and the H x T x T scores of a whole batch leave the
-    cache; those of one head do not. `sequential_vmap` turns every vmap around the two functions below (over heads here,
-    over tasks in train.py) into a loop. The backward pass is written out (as in FlashAttention) because a loop of this
-    kind has no transpose rule, and it recomputes scores rather than store them.
-    """
-    q = q / math.sqrt(q.shape[-1])
-    out = _heads(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1))  # H T F
-    return out.swapaxes(0, 1)
-
-
-@jax.custom_batching.sequential_vmap
-def _head_forward(q, k, v):
-    scores = q @ k.T  # T T, q is already scaled
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    return (weights @ v) / total, top + jnp.log(total)
-
-
-@jax.custom_batching.sequential_vmap
-def _head_backward(q, k, v, out, log_total, d_out):
-    weights = jnp.exp(q @ k.T - log_total)  # the softmax again
-    d_scores = weights * (d_out @ v.T - (d_out * out).sum(axis=-1, keepdims=True))
-    return d_scores @ k, d_scores.T @ q, weights.T @ d_out
-
-
-@jax.custom_vjp
-def _heads(q, k, v):
-    return jax.vmap(_head_forward)(q, k, v)[0]
-
-
-def _heads_forward(q, k, v):
-    out, log_total = jax.vmap(_head_forward)(q, k, v)
-    return out, (q, k, v, out, log_total)
-
-
-def _heads_backward(saved, d_out):
-    return jax.vmap(_head_backward)(*saved, d_out)
-
-
-_heads.defvjp(_heads_forward, _heads_backward)
-
-
-def cudnn_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"],
-                    v: Float[Array, "T H F"]) -> Float[Array, "T H F"]:
-    """cuDNN's flash attention in bfloat16, for GPUs. T is rounded up to 64 and the padding keys are masked."""
-    tokens, padding = q.shape[0], -q.shape[0] % 64
-    padded = []
-    for x in (q, k, v):
-        padded.append(jnp.pad(x, ((0, padding), (0, 0), (0, 0))).astype(jnp.bfloat16)[None])
-    length = jnp.full((1,), tokens, jnp.int32)  # [D3] released code: padding not masked; here it is and changes nothing
-    out = jax.nn.dot_product_attention(*padded, key_value_seq_lengths=length, implementation="cudnn")
-    return out[0, :tokens].astype(jnp.float32)
-
-
-ATTENTION = {"plain": plain_attention, "looped": looped_attention, "cudnn": cudnn_attention}
 
 
 def main() -> None:

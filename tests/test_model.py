@@ -1,4 +1,4 @@
-"""Claims about model.py: its size, its symmetries, its three streams, and that two ways to attend are one function."""
+"""Claims about model.py: its size, its symmetries, its three streams, and that all ways to compute are one function."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ import pytest
 
 import model
 import scales
+from attention import ATTENTION
 from model import SLOTS, Architecture, MapPFN
 from scales import BadInput
 from tasks import Given
@@ -86,7 +87,7 @@ def test_count_parameters_counts_each_once():
 @pytest.mark.parametrize("changes, named", [
     ({"width": 30, "heads": 4}, "30"), ({"heads": 0}, "heads"), ({"depth": 0}, "depth"),
     ({"registers": -1}, "registers"),
-    ({"attention": "flash"}, "flash"), ({"network": "nowhere.Net"}, "nowhere.Net"), ({"network": "Net"}, "Net")])
+    ({"attention": "flash"}, "flash"), ({"precision": "half"}, "half"), ({"network": "nowhere.Net"}, "nowhere.Net"), ({"network": "Net"}, "Net")])
 def test_impossible_networks_are_refused(changes, named):
     """Sizes that do not fit, and names that do not exist, are named."""
     with pytest.raises(BadInput, match=named):
@@ -206,26 +207,6 @@ def test_film_by_query_is_a_direct_path_from_the_query():
         assert same(run(net, **one | drop), run(net, **two | drop)) != reaches
 
 
-@pytest.mark.parametrize("tokens", [1, 66])
-def test_looped_attention_is_plain_attention(tokens, rng):
-    """One head at a time, with the backward pass written out, gives the same values and gradients; large scores too."""
-    *qkv, weight = rng.normal(0, 4, (4, tokens, 2, 4)).astype(np.float32)
-    both = []
-    for attention in (model.plain_attention, model.looped_attention):
-        value_and_grad = jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(weight * attention(*qkv))))
-        both.append(jax.tree.leaves(value_and_grad(qkv)))
-    for plain, looped in zip(*both):
-        np.testing.assert_allclose(plain, looped, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
-
-
-def test_padding_without_a_mask_changes_the_result(rng):
-    """[D3] 23 zero keys, rounding 41 tokens up to 64, take attention from the 41: outputs shrink by over a tenth."""
-    q, k, v = jnp.asarray(rng.normal(size=(3, 41, 2, 8)), jnp.float32)
-    padded = [jnp.pad(x, ((0, 23), (0, 0), (0, 0))) for x in (q, k, v)]
-    right, wrong = model.plain_attention(q, k, v), model.plain_attention(*padded)[:41]
-    assert np.linalg.norm(wrong) < 0.9 * np.linalg.norm(right)
-
-
 @functools.cache
 def loss_and_gradient(**changes):
     """Of the whole network, under vmap over two tasks of which one has its condition dropped, compiled."""
@@ -248,6 +229,30 @@ def test_ways_to_compute_change_no_number(other):
     leaves = [jax.tree.leaves(eqx.filter(g, eqx.is_array)) for g in (gradient, gradient_2)]
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max() + 1e-3))
+
+
+def relative(a, b) -> float:
+    """Distance of all numbers of two trees, relative to the first."""
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]) for tree in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def check_bfloat16(attention: str) -> None:
+    """With products in bfloat16 velocity and gradient are other numbers, by less than 2%."""
+    x, exact = inputs(), {"attention": "plain", "precision": "float32"}
+    rounded = {"attention": attention, "precision": "bfloat16"}
+    with jax.default_matmul_precision("highest"):  # a GPU rounds even in float32
+        velocity, (_, gradient) = run(build(**exact), **x), loss_and_gradient(**exact)
+    assert 1e-4 < relative(velocity, run(build(**rounded), **x)) < 0.02
+    assert 1e-4 < relative(gradient, loss_and_gradient(**rounded)[1]) < 0.02
+
+
+@pytest.mark.parametrize("attention", ["looped", "plain", "cudnn"])
+def test_bfloat16_changes_little(attention, monkeypatch):
+    """[D56] Of the whole network under vmap; cuDNN's attention with another kernel, which runs on a CPU."""
+    flash = functools.partial(ATTENTION["cudnn"], implementation="xla")
+    monkeypatch.setitem(ATTENTION, "cudnn", flash)
+    check_bfloat16(attention)
 
 
 def test_every_parameter_learns():
