@@ -23,7 +23,6 @@ gives a run for each.
 import csv
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,13 +36,14 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 import model
 import scales
 import tasks
+from devices import here, join, own_share, placed, shardings, use_all_cores
 from model import SLOTS, Architecture
 from scales import BadInput
 from tasks import VALIDATION, Screen, Task
@@ -95,8 +95,6 @@ class Settings(Architecture):
 REPORTING = model.SPEED | {"log_every", "validate_every", "checkpoint_seconds", "out", "scale", "name", "snapshots",
                            "rates", "choice", "coordinator", "processes", "process"}
 SPLIT_SEEDS = 1000  # between the seeds of two splits, so that no split of one run has the seed of a split of another
-LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # number of processes, as srun and mpirun tell it
-PATIENCE = 300  # seconds that a process waits for the others
 
 
 # ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
@@ -209,9 +207,9 @@ def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
 def averaged(s: Settings, state: State) -> PyTree:
     """The EMA weights that inference uses (A.2).
 
-    [D8] paper: a decay of 0.999, of what it does not say; released code: of every micro-batch, without correction; here:
-    of every micro-batch too, so ema^A of an update, and divided by 1 - ema^(A n), so that an average that started from
-    zero does not remember it, and a run of a few hundred updates can be used.
+    [D8] paper: a decay of 0.999, of what it does not say; released code: of every micro-batch, without correction;
+    here: of every micro-batch too, so ema^A of an update, and divided by 1 - ema^(A n), so that an average that started
+    from zero does not remember it, and a run of a few hundred updates can be used.
     """
     weight = 1 - s.ema ** (s.accumulate * state.update.astype(jnp.float32))
     return jax.tree.map(lambda average: average / weight, state.average)
@@ -380,31 +378,15 @@ def check(s: Settings) -> None:
     scales.check_name(s.init)
 
 
-def own_share(s: Settings) -> range:
-    """Which tasks of each micro-batch are this process's: those of its devices."""
-    each = s.micro_batch // jax.process_count()
-    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
-
-
-def placed(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Arrays of this process, or its share of them, as arrays over the devices of all processes."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
-
-
-def here(state: State) -> State:
-    """The state, which all devices have, on one device of this process: to look at, or to write, without the others."""
-    return jax.tree.map(lambda x: x.addressable_data(0), state)
-
-
 def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None) -> Callable:
     """Train, or go on, until `folder/model.eqx` is written; returns the jitted update for runs of the same shape.
 
     Raises BadInput if the folder holds a run with other settings, or if the screen does not fit the model.
     """
     chief = jax.process_index() == 0  # it writes and prints; the others compute
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
-    first = update_tasks(s, screen, 0, own_share(s))  # a bad screen, K or N shows here, before anything is written
+    mesh, everywhere, shared = shardings()
+    share = own_share(s.micro_batch)
+    first = update_tasks(s, screen, 0, share)  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
     head = header(s, folder, screen) | {"revision": scales.revision()}
     head["parameters"] = model.count_parameters(state.parameters)
@@ -422,7 +404,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     saved, losses = time.monotonic(), []
     bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2, disable=not chief)
     for i in range(done + 1, s.updates + 1):
-        drawn = update_tasks(s, screen, i - 1, own_share(s))
+        drawn = update_tasks(s, screen, i - 1, share)
         state, loss, norm = update(state, placed(drawn, shared), key)
         losses.append(loss)
         logging = i % s.log_every == 0 or i == s.updates
@@ -449,41 +431,6 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
-
-
-def join(s: Settings) -> int:
-    """Join the other processes of this run, if there are any; returns the number of all. To be called before anything
-    touches a device. SLURM and Open MPI let JAX find out who is who (one process for each GPU), --coordinator tells it.
-
-    Raises BadInput if the others do not come.
-    """
-    if s.coordinator:
-        if not (0 <= s.process < s.processes and ":" in s.coordinator):
-            raise BadInput(f"--coordinator {s.coordinator} --processes {s.processes} --process {s.process}: expected "
-                           "host:port, how many, and a number from 0 to one less")
-        processes = s.processes
-        known = {"coordinator_address": s.coordinator, "num_processes": processes, "process_id": s.process,
-                 "cluster_detection_method": "deactivate"}
-    else:
-        processes, known = max(int(os.environ.get(name, 1)) for name in LAUNCHERS), {}
-        if processes == 1:
-            return 1
-    try:
-        jax.distributed.initialize(**known, initialization_timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"the {processes} processes of this run did not meet ({str(error).splitlines()[0]}); "
-                       "CLUSTER.md says how to start them") from None
-    return processes
-
-
-def use_all_cores(share: int) -> None:
-    """Make each CPU core a device of its own, as many as divide `share`. No effect where there is a GPU."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    while share % cores:
-        cores -= 1
-    jax.config.update("jax_num_cpu_devices", cores)
 
 
 def sections(s: Settings) -> tuple[str, ...]:
