@@ -1,8 +1,9 @@
 """Stage 7 of 8, the figures: the numbers of each as JSON, and a picture drawn from that JSON alone.
 
 Paper: section 6, Figures 1 to 6; `prediction`, `guidance` (Table 7) and `ode` (A.4) have no figure there. Reads
-`screens/`, `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and `.png`; where an input is
-missing, the JSON says why it was `not_run`. Shown are the screens that models of ROWS have predicted. Departure: D49.
+`screens/`, `train/` and `samples/` below out/<scale>, writes `figures/<name>.json` and, by drawing.py, `.png`; where an
+input is missing, the JSON says why it was `not_run`. Shown are the screens that models of ROWS have predicted, with the
+first training of each (Figure 2: with all). The evidence for a claim is judged by judge.py. Departure: D49.
 
     python figures.py --scale smoke|laptop|paper       all of them: 1 / 6 min / not timed, on two CPU cores
     python figures.py overview split --scale laptop    some of them: seconds
@@ -14,6 +15,7 @@ What has the same settings and screens as before is only drawn again; delete its
 
 import dataclasses
 import json
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,19 +24,19 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
-import PIL.Image
 import tyro
 from jaxtyping import Float, PRNGKeyArray
 from tqdm import tqdm
 
+import judge
 import metrics
 import model
 import sample
 import scales
 import tasks
 import train
+from drawing import Panel, draw
 from scales import BadInput
 from tasks import CONTROL, TEST, Evaluation, Given, Screen
 
@@ -55,11 +57,11 @@ class Settings:
     cells: int = 200  # per population, given and generated, where they are not what varies (B.3)
     contexts: tuple[int, ...] = (0, 1, 2, 4, 8, 10)  # Figure 5a: K, as far as there are experiments and slots
     multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)  # Figure 5b: cells given / cells trained with
-    most_cells: int = 400  # Figure 5b: and at most this many
+    most_cells: int = 800  # Figure 5b: and at most this many
     weights: tuple[float, ...] = sample.GUIDANCE  # of guidance (Table 7)
     subsets: int = 10  # Figure 3: of the genes (6)
     tta_draws: int = 10  # Figure 3: of cells, of split 0
-    snapshot_tasks: int = 64  # Figure 2: for each point
+    snapshot_tasks: int = 16  # Figure 2: for each point
     ode_steps: tuple[int, ...] = (5, 10, 20, 50)  # Dopri5 steps, compared with
     ode_reference: int = 100  # (released code)
     ode_tasks: int = 4  # of each screen
@@ -67,9 +69,10 @@ class Settings:
     out: Path = Path("out")  # everything is below out/<scale>
 
 
-PRETRAINED, FINETUNED = "mappfn-pretrained", "mappfn-finetuned"
+PRETRAINED, FINETUNED = "mappfn-pretrained-seed0", "mappfn-finetuned-seed0"
 ROWS = {"mappfn-seed0": "MapPFN", PRETRAINED: "pre-trained (zero-shot)", FINETUNED: "fine-tuned"}  # label in a figure
 IDENTITY = "other control cells"
+USES = {tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.KNOWN_ONLY: "Co", tasks.ABSENT: ""}  # Figure 4
 UNITS = {True: "log expression", False: "sd of a variable"}  # by Screen.log_expression
 
 # ------------------------------------------------------------------------------------------- what there is to be shown
@@ -127,129 +130,6 @@ def model_of(s: Settings, name: str, run: str, split: int = 0) -> tuple[dict, eq
     if guidance is None:
         guidance = sample.guidance_of(asked, file)
     return *model.load_model(file), guidance
-
-
-def difference(what: str, values: Float[np.ndarray, "n"]) -> list[dict]:
-    """An entry of `evidence`, if any value is defined: mean, standard error (None for one) and number of the paired
-    differences that are."""
-    values, error = values[np.isfinite(values)], None
-    if not len(values):
-        return []
-    if len(values) > 1:
-        error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return [{"what": what, "difference": float(np.mean(values)), "error": error, "n": len(values)}]
-
-
-# ----------------------------------------------------------------------------------------------- panels, and their look
-
-STYLES = {  # label: colour, marker, line; other labels take turns
-    "MapPFN": ("C0", "o", "-"), ROWS[PRETRAINED]: ("C1", "^", "--"), ROWS[FINETUNED]: ("C3", "s", "-"),
-    IDENTITY: ("0.5", "", "-."), "treated gene only": ("k", "", "--"), "random": ("k", "", ":"),
-    "equal": ("0.7", "", "-"), "genes": ("0.2", "o", ""),
-    "control": ("0.7", "o", "-"), "truth": ("C0", "s", "-"), "prediction": ("C3", "X", "--"),
-}
-USES = {tasks.TRAIN: "Tr", tasks.VALIDATION: "V", TEST: "Te", tasks.KNOWN_ONLY: "Co", tasks.ABSENT: ""}
-COLOURS = {"C": "0.88", "Tr": "#9ecae1", "V": "#fdd870", "Te": "#e58a80", "Co": "#c7e9c0"}
-
-
-class Panel(NamedTuple):
-    """All that is seen in one panel, and the content of every JSON: there, undefined numbers are None."""
-    title: str
-    xlabel: str
-    ylabel: str
-    x: list = []          # X
-    curves: dict = {}     # label -> [U, X]: the mean over U is drawn, with the standard deviation over U
-    paired: bool = False  # ... once each unit's own level, its mean over X, is taken out
-    ticks: list = []      # labels of x, if not its numbers
-    lines: dict = {}      # label -> where a vertical line is
-    log: str = ""         # axes that are logarithmic
-    bins: list = []       # edges
-    bars: dict = {}       # label -> heights; the first is a grey area
-    points: dict = {}     # label -> [N, 2]; large symbols are means
-    boxes: dict = {}      # label of a row -> for each of the ticks, one of COLOURS and a number
-
-
-def draw_curve(axis, p: Panel, label: str, values: Float[np.ndarray, "U X"], look: tuple[str, str, str]) -> None:
-    """Units with an undefined value are left out."""
-    colour, marker, line = look
-    values = values[np.isfinite(values).all(axis=1)]
-    if not len(values):
-        return
-    mean, sd, count = values.mean(axis=0), None, values.shape[1]
-    if len(values) > 1 and marker:
-        if p.paired:
-            # Taking the level out makes a standard deviation too small by sqrt((X - 1) / X) (Morey, 2008).
-            values = (values - values.mean(axis=1, keepdims=True)) * np.sqrt(count / max(1, count - 1))
-        sd = values.std(axis=0, ddof=1)
-    axis.errorbar(p.x, mean, sd, color=colour, marker=marker, ls=line, lw=1.3, ms=5, capsize=3, label=label)
-
-
-def draw_panel(axis, p: Panel) -> None:
-    """Whatever is in it."""
-    axis.set_title(p.title, fontsize=9)
-    axis.set(xlabel=p.xlabel, ylabel=p.ylabel)
-    for i, (label, content) in enumerate((p.curves | p.bars | p.points).items()):
-        colour, marker, line = look = STYLES.get(label, (f"C{i}", "o^sDv<>ph*d8"[i % 12], "-"))
-        content = np.array(content, float)
-        if label in p.curves:
-            draw_curve(axis, p, label, content, look)
-        elif label in p.points:
-            axis.scatter(*content.T, s=10, color=colour, marker=marker, alpha=0.4, lw=0)
-            axis.scatter(*content.mean(axis=0), s=90, color=colour, marker=marker, ec="k", label=label, zorder=3)
-        elif i == 0:
-            axis.stairs(content, p.bins, label=label, color="0.8", fill=True)
-        else:
-            axis.stairs(content, p.bins, label=label, color=colour, ls=line, lw=1.8)
-    for label, x in p.lines.items():
-        axis.axvline(x, color="k", ls=":", lw=1.3, label=label)
-    if "x" in p.log:
-        axis.set_xscale("log")
-    if "y" in p.log:
-        axis.set_yscale("log")
-    if p.ticks:
-        axis.set_xticks(p.x, p.ticks, fontsize=7)
-        axis.minorticks_off()
-    if p.bars:
-        axis.margins(y=0.3)  # for the legend
-    if p.boxes:
-        draw_boxes(axis, p)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=7)
-
-
-def draw_boxes(axis, p: Panel) -> None:
-    """A matrix; what has no letter or no number is empty."""
-    for i, row in enumerate(p.boxes.values()):
-        for j, (letter, number) in enumerate(row):
-            if letter and number:
-                axis.fill_between([j - 0.48, j + 0.48], i - 0.46, i + 0.46, color=COLOURS[letter], lw=0)
-                axis.text(j, i, f"{letter}\n{number}", ha="center", va="center", fontsize=6)
-    axis.tick_params(axis="x", rotation=90)
-    axis.set_yticks(range(len(p.boxes)), p.boxes, fontsize=7)
-    axis.set(xlim=(-0.5, len(p.ticks) - 0.5), ylim=(len(p.boxes) - 0.5, -0.5))
-
-
-def draw(document: dict, scale: str, path: Path) -> None:
-    """Draw a figure from the content of its JSON: at most four panels side by side, matrices below one another."""
-    plt.switch_backend("Agg")  # no window
-    panels = [Panel(**panel) for panel in document["data"]["panels"]]
-    columns, width, height = min(4, len(panels)), 3.6, 3.4
-    if panels[0].boxes:
-        columns, width, height = 1, 9, 2.2
-    rows = -(-len(panels) // columns)
-    share = bool(panels[0].points)  # the same plane
-    canvas, axes = plt.subplots(rows, columns, figsize=(max(6, width * columns), height * rows), layout="constrained",
-                                squeeze=False, sharex=share, sharey=share)
-    canvas.suptitle(document["title"] + f" ({scale} scale, not the paper's)" * (scale != "paper"), fontsize=10)
-    for axis, p in zip(axes.flat, panels):
-        draw_panel(axis, p)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    with scales.atomic(path) as temporary:
-        canvas.savefig(temporary, dpi=100, format="png")
-        with PIL.Image.open(temporary) as picture:  # 128 colours are enough, and a third of the size
-            picture.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
-    plt.close(canvas)
 
 
 # ------------------------------------------------------- one task (Figure 1), its prediction, and the split (Figure 4)
@@ -360,33 +240,45 @@ def snapshot_values(s: Settings, files: list[Path], screen: Screen, context: int
 
 
 def compute_variance(s: Settings) -> tuple[list, str, list]:
-    """Every snapshot of every run, on held-out systems of its own prior and on real test conditions, zero-shot."""
-    panels, evidence = {}, []
+    """Every snapshot of every run, on held-out systems of its own prior and on real test conditions, zero-shot. The
+    trainings of one prior are one curve."""
+    panels, screens = {}, {}
     for folder in sorted((s.out / s.scale / "train").glob("*/split-0/snapshots")):
         files = {int(file.stem.removeprefix("update-")): file for file in folder.glob("update-*.eqx")}
         files = dict(sorted(files.items()))
         head, _ = model.load_model(files[min(files)])
         seen = [update * head["micro_batch"] * head["accumulate"] for update in files]
-        places = {"held-out systems of its own prior": load_first(s, head["screen"])}
-        places |= {shown.screen.made["title"]: shown.screen for shown in chosen(s, s.screens)}
-        for number, (title, screen) in enumerate(places.items()):
-            if number == 0 or screen.log_expression:
-                p = Panel(title, "training tasks seen", "correlation of variances ↑", seen, {}, paired=True)
-                p = panels.setdefault((title, *seen), p)  # runs with other snapshots have panels of their own
-                values = snapshot_values(s, list(files.values()), screen, head["context"], number)
-                p.curves[folder.parents[1].name] = values
+        places = [("prior", "held-out systems of its own prior", load_first(s, head["screen"]))]
+        for shown in chosen(s, s.screens):
+            if shown.screen.log_expression:
+                places.append((shown.name, shown.screen.made["title"], shown.screen))
+        for number, (name, title, screen) in enumerate(places):
+            p = Panel(title, "training tasks seen", "correlation of variances ↑", seen, {}, paired=True)
+            p = panels.setdefault((name, *seen), p)  # runs with other snapshots have panels of their own
+            prior = re.sub(r"-seed\d+$", "", folder.parents[1].name)
+            values = snapshot_values(s, list(files.values()), screen, head["context"], number)
+            p.curves.setdefault(prior, []).append(values)
     if not panels:
         raise BadInput(f"no snapshots in {s.out / s.scale / 'train'}; train.py --snapshots 12 makes them")
-    for p in panels.values():
-        for run, paired in p.curves.items():
-            if f"{run}-unpaired" in p.curves:
-                last = max(2, len(p.x) // 3)
-                values = np.nanmean(paired, axis=0) - np.nanmean(p.curves[f"{run}-unpaired"], axis=0)
-                evidence += difference(f"correlation of variances, {p.title}: {run} minus {run}-unpaired, last {last} "
-                                       "snapshots of one run each", values[-last:])
-    caption = (f"Correlation over genes of predicted and true variances. Bars: sd over n = {s.snapshot_tasks} tasks of "
-               f"{s.cells} cells, the same for all snapshots, each one's mean level taken out; a single run each.")
+    evidence = []
+    for (name, *_), p in panels.items():
+        for prior in p.curves:
+            if f"{prior}-unpaired" in p.curves:
+                evidence += learnt(name, p.curves[prior], p.curves[f"{prior}-unpaired"])
+        for prior, runs in p.curves.items():
+            p.curves[prior] = np.concatenate(runs)
+    caption = (f"Correlation over genes of predicted and true variances. Bars: sd over {s.snapshot_tasks} tasks of "
+               f"{s.cells} cells, the same for all snapshots, and over trainings, each one's mean level taken out.")
     return list(panels.values()), caption, evidence
+
+
+def learnt(screen: str, paired: list[np.ndarray], unpaired: list[np.ndarray]) -> list[dict]:
+    """Evidence: faster (higher in the first third of the snapshots) and higher (in the last). Units are trainings."""
+    items, third = [], max(1, paired[0].shape[1] // 3)
+    for what, part in (("first", slice(third)), ("last", slice(-third, None))):
+        row, rival = ([float(np.nanmean(run[:, part])) for run in runs] for runs in (paired, unpaired))
+        items.append({"what": f"{what} third", "screen": screen} | judge.two_samples(row, rival))
+    return judge.decide(items)
 
 
 # ----------------- one thing varies, all else stays: Figures 3 and 5, guidance (Table 7), steps of the solver (A.4)
@@ -402,33 +294,62 @@ SWEEPS = {  # what varies: label, what is shown, logarithmic axes
 }
 
 
-def units(s: Settings, name: str, cells: int, context: int) -> list[tuple[tuple[int, int, int], Evaluation]]:
-    """(split, draw, system) and tasks of every unit of a screen, as far as the settings allow."""
+class Unit(NamedTuple):
+    """One held-out system in one split and draw of cells."""
+    numbers: tuple[int, int, int]  # split, draw, system
+    tasks: Evaluation
+    keys: list[tuple]              # of its P conditions: what judge.py compares them by
+
+
+def longer(rng: np.random.Generator, screen: Screen, e: Evaluation, cells: int) -> Given:
+    """What is given, with so many cells in each population: different ones, or all that there are and repeats."""
+    def population(s: int, t: int) -> np.ndarray:
+        pool = screen.pool(s, t)
+        again = rng.integers(len(pool), size=max(0, cells - len(pool)))
+        return pool[np.concatenate([rng.permutation(len(pool))[:cells], again])]
+
+    controls, context = [], np.empty((*e.given.context.shape[:2], cells, e.given.context.shape[-1]), np.float32)
+    for i, s in enumerate(e.system.tolist()):
+        controls.append(population(s, CONTROL))
+        for k, treatment in enumerate(e.given.context_treatments[i]):
+            t = (screen.treatments[s] == treatment).all(axis=-1).argmax()
+            context[i, k] = population(s, int(t))
+    return e.given._replace(controls=np.array(controls), context=context)
+
+
+def units(s: Settings, name: str, context: int, given: int = 0) -> list[Unit]:
+    """Every unit of a screen, as far as the settings allow; `given` cells in the given populations, if there are more
+    of them than of true ones."""
     found = []
     for split, folder in enumerate(tasks.splits(of_screen(s, name))[: s.splits]):
+        screen = tasks.load_screen(folder)
         for draw in range(s.draws):
-            evaluation = tasks.evaluation_tasks(tasks.load_screen(folder), cells, context, s.seed, draw)
-            for system in np.unique(evaluation.system)[: s.systems].tolist():
-                of_it = evaluation.system == system
-                found.append(((split, draw, system), jax.tree.map(lambda x: x[of_it], evaluation)))
+            e = tasks.evaluation_tasks(screen, s.cells, context, s.seed, draw)
+            if given > s.cells:
+                e = e._replace(given=longer(scales.generator("figure", s.seed, split, draw), screen, e, given))
+            for system in np.unique(e.system)[: s.systems].tolist():
+                of_it = e.system == system
+                keys = [(split, system, treatment) for treatment in e.treatment[of_it].tolist()]
+                found.append(Unit((split, draw, system), jax.tree.map(lambda x: x[of_it], e), keys))
     return found
 
 
 def scores(true: Float[np.ndarray, "all N D"], predicted: Float[np.ndarray, "P L D"],
-           controls: Float[np.ndarray, "all O D"], log_expression: bool) -> list[float]:
+           controls: Float[np.ndarray, "all O D"], log_expression: bool) -> Float[np.ndarray, "P M"]:
     """METRICS of the P conditions that are predicted, the first of `true`; the others are rivals for PDS."""
     predicted, _ = sample.clip_expression(predicted, log_expression)
-    count, auprc, pairs = len(predicted), np.nan, list(zip(true, predicted))
+    count, auprc, pairs = len(predicted), np.full(len(predicted), np.nan), list(zip(true, predicted))
     ranks = metrics.pds_ranks(true, np.concatenate([predicted, true[count:]]))
     if log_expression:
-        auprc = metrics.deg_auprc(controls[:count], true[:count], predicted)["auprc"]
+        area = metrics.deg_auprc(controls[:count], true[:count], predicted)
+        auprc = judge.centred(area["conditions"], area["auprc"])
     w2, rmse = [metrics.wasserstein(*pair) for pair in pairs], [metrics.rmse(*pair) for pair in pairs]
-    return [float(np.mean(w2)), float(ranks[:count].mean()), float(np.mean(rmse)), auprc]
+    return np.column_stack([w2, ranks[:count], rmse, auprc])
 
 
 def model_points(s: Settings, what: str, x: list, e: Evaluation, head: dict, network: eqx.Module, guidance: float,
-                 log_expression: bool, key: PRNGKeyArray) -> list[list[float]]:
-    """[X, M] of one model in one unit; smaller values get the first experiments and the first cells."""
+                 log_expression: bool, key: PRNGKeyArray) -> Float[np.ndarray, "X P M"]:
+    """METRICS of one model in one unit; smaller values get the first experiments and the first cells."""
     usual = {"context": min(head["context"], e.given.context.shape[1]), "cells": s.cells, "guidance": guidance,
              "steps": s.steps}
 
@@ -443,15 +364,15 @@ def model_points(s: Settings, what: str, x: list, e: Evaluation, head: dict, net
         finest, points = predict(s.ode_reference), []
         for value in x:
             error = np.maximum(np.abs(predict(value) - finest), 1e-9)  # the axis is logarithmic
-            points.append([float(error.max()), float(np.sqrt(np.mean(error**2)))])
-        return points
+            points.append(np.stack([error.max(axis=(1, 2)), np.sqrt(np.mean(error**2, axis=(1, 2)))], axis=-1))
+        return np.array(points)
     controls = e.given.controls[:, : s.cells]
-    return [scores(e.target[:, : s.cells], predict(value), controls, log_expression) for value in x]
+    return np.array([scores(e.target, predict(value), controls, log_expression) for value in x])
 
 
 def tta_points(s: Settings, e: Evaluation, size: int, network: eqx.Module, guidance: float,
-               numbers: tuple[int, ...]) -> dict[str, list]:
-    """AUPRC [X, 1] of the three WAYS to predict one unit with a model of `size` genes (6), and of two rules."""
+               numbers: tuple[int, ...]) -> dict[str, Float[np.ndarray, "X P 1"]]:
+    """AUPRC of the three WAYS to predict one unit with a model of `size` genes (6), and of two rules."""
     treated, count = e.given.context.shape[1] + 1, min(s.tasks, len(e.target))
     fewest = -(-(e.given.query.shape[1] - treated) // (size - treated))  # subsets that reach all genes
     predicted = [], [], []  # by way, then by task
@@ -469,17 +390,25 @@ def tta_points(s: Settings, e: Evaluation, size: int, network: eqx.Module, guida
         least = min(len(cells) for cells in populations)  # the rarest gene's cells may differ between tasks
         stacked = np.stack([cells[:least] for cells in populations])
         area = metrics.deg_auprc(e.given.controls[:count], e.target[:count], stacked, e.given.query[:count])
-        for curve, name in zip(curves.values(), ("auprc", "target_only", "base_rate")):
-            curve.append([area[name]])
-    return curves
+        curves[ROWS[PRETRAINED]].append(judge.centred(area["conditions"], area["auprc"]))
+        curves["treated gene only"].append(np.full(count, area["target_only"]))
+        curves["random"].append(np.full(count, area["base_rate"]))
+    return {label: np.array(curve)[..., None] for label, curve in curves.items()}
+
+
+def experiment_sizes(splits: list[Screen]) -> Float[np.ndarray, "n"]:
+    """Number of cells of every experiment that can be given in a test task."""
+    found = []
+    for screen in splits:
+        tested = (screen.split == TEST).any(axis=1)
+        found.append(screen.count[tested, 1:][np.isin(screen.split[tested, 1:], tasks.KNOWN)])
+    return np.concatenate(found).astype(float)
 
 
 def cells_given(s: Settings, splits: list[Screen], trained: int) -> list[int]:
-    """Multiples of the cells in training, up to the limit and to the smallest population that is given."""
-    most = s.most_cells
-    for screen in splits:
-        count = screen.count[(screen.split == TEST).any(axis=1)]
-        most = min(most, int(count[count > 0].min()))
+    """Multiples of the cells in training, up to the limit and to the largest experiment. Those with fewer cells are
+    given whole, with repeats: as only then does a screen of rare treatments reach above the trained size."""
+    most = min(s.most_cells, int(experiment_sizes(splits).max()))
     return sorted({min(most, max(2, round(multiple * trained))) for multiple in s.multiples})
 
 
@@ -497,47 +426,66 @@ def wide_screens(s: Settings) -> list[Shown]:
     return found
 
 
-def sweep_screen(s: Settings, what: str, x: list, context: int,
-                 shown: Shown) -> dict[str, Float[np.ndarray, "U X M"]]:
-    """The values of every unit for each model, and for what needs no model."""
-    log_expression, curves = shown.screen.log_expression, {}
-    # The tasks have enough cells for the largest value.
-    cells = max(s.cells, *x) if what == "cells" else s.cells
-    for numbers, e in tqdm(units(s, shown.name, cells, context), unit="unit", desc=f"{what}: {shown.name}"):
-        found = {}
+def sweep_screen(s: Settings, what: str, x: list, context: int, shown: Shown) -> tuple[list[Unit], dict[str, list]]:
+    """The units, and for each model, and for what needs no model, the values [X, P, M] of every unit."""
+    log_expression, values = shown.screen.log_expression, {}
+    found = units(s, shown.name, context, max(x) if what == "cells" else 0)
+    for unit in tqdm(found, unit="unit", desc=f"{what}: {shown.name}"):
+        e, of_unit = unit.tasks, {}
         for row, run in shown.runs.items():
-            head, network, guidance = model_of(s, shown.name, run, numbers[0])
+            head, network, guidance = model_of(s, shown.name, run, unit.numbers[0])
             if what == "tta":
-                found = tta_points(s, e, head["genes"], network, guidance, numbers)
+                of_unit = tta_points(s, e, head["genes"], network, guidance, unit.numbers)
             else:
-                key = scales.key("figure", s.seed, *numbers)
-                found[ROWS[row]] = model_points(s, what, x, e, head, network, guidance, log_expression, key)
+                key = scales.key("figure", s.seed, *unit.numbers)
+                of_unit[ROWS[row]] = model_points(s, what, x, e, head, network, guidance, log_expression, key)
         if what in ("context", "cells", "guidance"):
-            other, controls = e.identity[: s.tasks, : s.cells], e.given.controls[:, : s.cells]
-            found[IDENTITY] = [scores(e.target[:, : s.cells], other, controls, log_expression)] * len(x)
-        for label, points in found.items():
-            curves.setdefault(label, []).append(points)
-    return {label: np.array(points, float) for label, points in curves.items()}
+            controls = e.given.controls[:, : s.cells]
+            other = scores(e.target, e.identity[: s.tasks], controls, log_expression)
+            of_unit[IDENTITY] = np.array([other] * len(x))
+        for label, points in of_unit.items():
+            values.setdefault(label, []).append(points)
+    return found, values
 
 
-def improvements(what: str, title: str, x: list, trained: int, values: dict[str, np.ndarray]) -> list[dict]:
-    """Evidence: by how much the largest value is better than K = 1, the cells of training, or a single pass."""
-    evidence, start = [], {"context": 1, "cells": trained, "tta": 0}.get(what)
+def defined_mean(values: Float[np.ndarray, "X P M"]) -> Float[np.ndarray, "X M"]:
+    """Mean over the conditions where it is defined; NaN if nowhere."""
+    return np.ma.masked_invalid(values).mean(axis=1).filled(np.nan)
+
+
+def row_at(found: list[Unit], points: list[np.ndarray], i: int, sign: int) -> judge.Row:
+    """The penalties, `sign` times the first metric, at the i-th value of what varies."""
+    pairs = []
+    for unit, values in zip(found, points):
+        pairs += [pair for pair in zip(unit.keys, sign * values[i, :, 0]) if np.isfinite(pair[1])]
+    return judge.Row({0: judge.averages(pairs)})
+
+
+def improvements(what: str, name: str, x: list, trained: int, found: list[Unit], values: dict[str, list]) -> list[dict]:
+    """Evidence: by how much the largest value is better than K = 1, the cells of training, or a single pass. The same
+    network is compared with itself, in the same conditions."""
+    items, start = [], {"context": 1, "cells": trained, "tta": 0}.get(what)
     first = x.index(start) if start in x else 0
-    for label in ROWS.values():
-        if label in values and start is not None and first < len(x) - 1:
-            change = values[label][:, first, 0] - values[label][:, -1, 0]
-            if what == "tta":
-                evidence += difference(f"AUPRC, {title}: augmented minus single passes", -change)
-            else:
-                evidence += difference(f"W2, {title}, {label}: with {x[first]} {SWEEPS[what][0]} minus with {x[-1]}",
-                                       change)
-    return evidence
+    if start is None or first == len(x) - 1:
+        return []
+    for label in set(ROWS.values()) & values.keys():
+        points, sign = values[label], -1 if what == "tta" else 1
+        item = judge.compare(row_at(found, points, -1, sign), row_at(found, points, first, sign))
+        text = "AUPRC, augmented" if what == "tta" else f"{label}: W2 with {x[-1]} against {x[first]}"
+        if item:
+            items.append({"what": text, "screen": name} | item)
+        if what == "tta":
+            levels = []  # AUPRC of every draw of cells, with the last and with the first of the WAYS
+            for i in (-1, first):
+                pairs = [(unit.numbers[1], defined_mean(of_unit)[i, 0]) for unit, of_unit in zip(found, points)]
+                levels.append(list(judge.averages(pairs).values()))
+            items.append({"what": "less spread over draws, augmented", "screen": name} | judge.less_spread(*levels))
+    return judge.decide(sorted(items, key=lambda item: item["what"]))
 
 
 def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
     """A panel for each screen and metric, a curve for each model."""
-    panels, evidence, (xlabel, shown_metrics, log) = [], [], SWEEPS[what]
+    panels, evidence, notes, (xlabel, shown_metrics, log) = [], [], "", SWEEPS[what]
     if what == "steps":
         s = dataclasses.replace(s, splits=1, draws=s.ode_tasks, systems=1, tasks=1)
     if what == "tta":
@@ -558,21 +506,30 @@ def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
         ticks = [f"{value:g}" for value in x]
         if what == "tta":
             context, ticks = min(context, head["context"]), WAYS
-        values = sweep_screen(s, what, x, context, shown)
+        if what == "cells":
+            different = np.median(np.minimum(experiment_sizes(splits), x[-1]))
+            notes += f" {title}: of {x[-1]} cells given, {different:.0f} are different in the median experiment."
+        found, values = sweep_screen(s, what, x, context, shown)
+        means = {label: np.array([defined_mean(points) for points in of_units]) for label, of_units in values.items()}
         for i, metric in enumerate(shown_metrics):
-            curves = {label: array[..., i] for label, array in values.items()}
+            curves = {label: array[..., i] for label, array in means.items()}
             if np.isfinite(list(curves.values())).any():  # AUPRC of SCM values, or where no gene changes, is not
                 n = len(curves[ROWS[row]])
                 panels.append(Panel(f"{title}\n(n = {n})", xlabel, metric, x, curves, bool(lines), ticks, lines, log))
-        evidence += improvements(what, title, x, head["cells"], values)
+        evidence += improvements(what, shown.name, x, head["cells"], found, values)
     caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over n "
                "held-out systems, splits and draws" + ", each one's mean level taken out" * bool(lines) + ".")
-    return panels, caption, evidence
+    return panels, caption + notes, evidence
 
 
 # ------------------------------------------------------------------------------------ coverage of the prior (Figure 6)
 
 BINS = {"log expression": np.linspace(0, 7, 36), "log2 fold change against control": np.linspace(-5, 5, 51)}
+
+
+# What "covers" is to mean: at most twice the 1% of the prior's own values that lie outside its percentiles 0.5 to 99.5,
+# zeros as frequent within a tenth, and histograms that share more than half.
+OUTSIDE, ZEROS, OVERLAP = 0.02, 0.1, 0.5
 
 
 def values_of_screen(screen: Screen, systems: int | None = None) -> list[Float[np.ndarray, "n"]]:
@@ -584,6 +541,25 @@ def values_of_screen(screen: Screen, systems: int | None = None) -> list[Float[n
             _, change = metrics.differential_expression(screen.pool(s, CONTROL)[None], screen.pool(s, t)[None])
             changes.append(change[0])
     return [np.concatenate(cells), np.concatenate(changes)]
+
+
+def covers(what: str, screen: str, prior: Float[np.ndarray, "m"], real: Float[np.ndarray, "n"],
+           bins: Float[np.ndarray, "edges"]) -> list[dict]:
+    """Evidence, which can fail: how much lies outside of where the prior's values are, is zero, and overlaps."""
+    low, high = np.percentile(prior, [0.5, 99.5])
+    outside = float(np.mean((real < low) | (real > high)))
+    shares = [np.histogram(x[x != 0], bins)[0] / max(1, np.sum(x != 0)) for x in (prior, real)]
+    overlap = float(np.minimum(*shares).sum())
+    found = [(f"{what}: share outside the prior's percentiles 0.5 to 99.5", outside, outside <= OUTSIDE),
+             (f"{what}: overlap of the histograms without zeros", overlap, overlap > OVERLAP)]
+    if what.startswith("log expression"):
+        zeros = float(np.mean(real == 0) - np.mean(prior == 0))
+        found.append(("share of zeros, minus the prior's", zeros, abs(zeros) <= ZEROS))
+    items = []
+    for text, value, good in found:
+        items.append({"what": text, "screen": screen, "difference": value, "n": len(real), "units": "values",
+                      "outcome": "holds" if good else "fails"})
+    return items
 
 
 def compute_coverage(s: Settings) -> tuple[list, str, list]:
@@ -602,11 +578,8 @@ def compute_coverage(s: Settings) -> tuple[list, str, list]:
             counts, _ = np.histogram(both[i][both[i] != 0], bins)
             share = counts / len(both[i])
             bars[f"{title}, {1 - share.sum():.0%} not shown"] = share / np.diff(bins)
-            if title == "prior":
-                reached = counts > 0
-            elif counts.any():
-                evidence.append({"what": f"{title}, {what}: share in bins that the prior reaches", "error": None,
-                                 "difference": counts[reached].sum() / counts.sum(), "n": int(counts.sum())})
+        for shown in found:
+            evidence += covers(what, shown.name, values["prior"][i], values[shown.screen.made["title"]][i], bins)
         panels.append(Panel("", what, "density", log="y" * i, bins=bins, bars=bars))
     caption = (f"The prior (at most {s.grns} systems) and the screens: expression in single cells, and fold change of "
                "a gene's mean by a treatment. Not shown: values of 0 or out of range.")

@@ -48,11 +48,13 @@ def averages(pairs: Iterable[tuple]) -> dict:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def centred(pseudo_values: list, number: float) -> list:
-    """Jackknife pseudo-values, moved so that their mean is the number that they were made from (None stays None)."""
-    defined = [value for value in pseudo_values if value is not None]
-    shift = number - np.mean(defined) if defined else 0.0
-    return [None if value is None else value + shift for value in pseudo_values]
+def centred(pseudo_values, number) -> Float[np.ndarray, "P"]:
+    """Jackknife pseudo-values, moved so that their mean is the number that they were made from; undefined ones are NaN,
+    and a single condition has the number itself."""
+    values = np.array(pseudo_values, float)
+    if np.isnan(values).all():
+        return np.full(len(values), number, float)
+    return values + (number - np.nanmean(values))
 
 
 def gather(files: list[dict], metric: str, penalty) -> Row:
@@ -61,14 +63,14 @@ def gather(files: list[dict], metric: str, penalty) -> Row:
     for file in files:
         meta, numbers = file["meta"], file["metrics"]
         keys = zip(numbers["systems"], numbers["treatments"])
-        values = numbers["conditions"].get(metric, [])
-        if all(value is None for value in values):  # a metric of all conditions together, which are not told apart
-            keys, values = [("all", "all")], [numbers[metric]]
-        elif metric == "auprc" and numbers[metric] is not None:
+        values = np.array(numbers["conditions"].get(metric, []), float)  # None is NaN
+        if np.isnan(values).all():  # a metric of all conditions together, which are not told apart
+            keys, values = [("all", "all")], np.array([numbers[metric]], float)
+        elif metric == "auprc":
             values = centred(values, numbers[metric])
         of_seed = pairs.setdefault(meta.get("trained_seed", 0), [])
-        for key, value in zip(keys, values):
-            if value is not None:
+        for key, value in zip(keys, values.tolist()):
+            if np.isfinite(value):
                 of_seed.append(((meta["split"], *key), penalty(value)))
     by_seed = {seed: averages(found) for seed, found in pairs.items() if found}
     fitted = [file["meta"].get("fitted_to", 0) for file in files]

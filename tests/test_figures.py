@@ -8,7 +8,9 @@ import equinox as eqx
 import numpy as np
 import pytest
 
+import drawing
 import figures
+import judge
 import metrics
 import model
 import sample
@@ -67,9 +69,9 @@ def full(s) -> Settings:
     add_screen(s, "real-wide", genes=12)
     add_row(s, "scms", "mappfn-seed0", "scms")
     add_row(s, "another", PRETRAINED, "prior")
-    for row, run in ((PRETRAINED, "prior"), (FINETUNED, "real-finetuned"), ("mappfn-random", "real-scratch")):
+    for row, run in ((PRETRAINED, "prior"), (FINETUNED, "real-finetuned"), ("mappfn-random-seed0", "real-scratch")):
         add_row(s, "real", row, run)
-    for run in ("prior", "prior-unpaired"):
+    for run in ("prior-seed0", "prior-seed1", "prior-unpaired-seed0"):
         folder = s.out / "smoke" / "train" / run / "split-0" / "snapshots"
         folder.mkdir(parents=True)
         for update in (5, 10, 20):
@@ -116,18 +118,73 @@ def test_variance_correlation_by_hand():
 def test_unpredicted_conditions_are_rivals(asked):
     """One of three conditions is predicted, at the place of another: PDS is 1/2, because the third is farther away."""
     true = np.array([[[0.0]], [[1.0]], [[5.0]]])
-    np.testing.assert_allclose(figures.scores(true, np.array([[[1.2]]]), true, False), [1.2, 0.5, 1.2, np.nan])
+    np.testing.assert_allclose(figures.scores(true, np.array([[[1.2]]]), true, False), [[1.2, 0.5, 1.2, np.nan]])
+
+
+def unit(draw, *treatments) -> figures.Unit:
+    return figures.Unit((0, draw, 0), None, [(0, 0, t) for t in treatments])
 
 
 def test_evidence_by_hand():
-    """W2 at K = 1 minus at the largest K, unit by unit, for models only; the first value where 1 is not there."""
-    w2 = np.array([[9.0, 5.0, 3.0], [9.0, 6.0, 2.0]])[..., None]
-    values = {ROWS[FINETUNED]: w2, IDENTITY: w2}
-    one, = figures.improvements("context", "t", [0, 1, 4], 4, values)
-    assert (one["difference"], one["error"], one["n"]) == (3, 1, 2) and "t, fine-tuned" in one["what"]
-    assert figures.improvements("context", "t", [0, 2, 4], 4, values)[0]["difference"] == 6.5
-    assert figures.improvements("cells", "t", [0, 1, 4], 4, values) == []  # the largest is as in training
-    assert figures.difference("x", np.array([4.0, np.nan])) == [{"what": "x", "difference": 4, "error": None, "n": 1}]
+    """W2 at K = 1 minus at the largest K, condition by condition, mean over draws, for models only; the first value
+    where 1 is not there; nothing where the largest is as in training."""
+    w2 = [np.array([[9.0, 9.0], [5.0, 6.0], [3.0, 2.0]])[..., None], np.array([[9.0], [5.0], [3.0]])[..., None]]
+    found, values = [unit(0, 1, 2), unit(1, 1)], {ROWS[FINETUNED]: w2, IDENTITY: w2}
+    one, = figures.improvements("context", "t", [0, 1, 4], 4, found, values)
+    assert (one["difference"], one["error"], one["n"], one["units"]) == (3, 1, 2, "conditions")
+    assert one["what"] == "fine-tuned: W2 with 4 against 1" and one["screen"] == "t"
+    assert figures.improvements("context", "t", [0, 2, 4], 4, found, values)[0]["difference"] == 6.5
+    assert figures.improvements("cells", "t", [0, 1, 4], 4, found, values) == []
+
+
+def test_augmentation_raises_and_steadies():
+    """AUPRC over conditions, a mean of draws; its spread over draws, whatever the conditions. Both can be significant,
+    and both the other way round."""
+    rng = np.random.default_rng(0)
+    steady, loose = 0.7 + rng.normal(0, 0.01, (10, 6)), 0.3 + rng.normal(0, 0.1, (10, 1)) + np.zeros((10, 6))
+    found = [unit(draw, *range(6)) for draw in range(10)]
+    for single, augmented, outcome in ((loose, steady, "better"), (steady, loose, "worse")):
+        points = [np.array([a, a, b])[..., None] for a, b in zip(single, augmented)]
+        items = figures.improvements("tta", "t", [0, 1, 2], 4, found, {ROWS[PRETRAINED]: points})
+        assert [item["outcome"] for item in items] == [outcome] * 2
+        assert items[0]["n"] == 6 and abs(items[0]["difference"]) == pytest.approx(abs(steady.mean() - loose.mean()))
+
+
+def test_paired_prior_needs_trainings():
+    """Early and late snapshots are compared between trainings: three of each decide, one of each leaves it undecided."""
+    paired = [np.full((4, 6), level) for level in (0.80, 0.82, 0.81)]
+    unpaired = [np.linspace(level, 0.81, 6) * np.ones((4, 1)) for level in (0.20, 0.22, 0.21)]
+    first, last = figures.learnt("s", paired, unpaired)
+    assert first["outcome"] == "better" and first["n"] == 3 and last["outcome"] != "undecided"
+    assert first["difference"] == pytest.approx(0.81 - np.mean(np.array(unpaired)[:, 0, :2]))
+    assert [item["outcome"] for item in figures.learnt("s", paired[:1], unpaired[:1])] == ["undecided"] * 2
+
+
+def test_coverage_can_fail():
+    """The same distribution is covered; one that is shifted, or never zero, is not, in the items that ask for that."""
+    rng, bins = np.random.default_rng(0), figures.BINS["log expression"]
+    prior = np.maximum(0, rng.normal(1, 1, 9000))
+    for shift, outcomes in ((0.0, ["holds", "holds", "holds"]), (5.0, ["fails", "fails", "fails"])):
+        real = np.maximum(0, rng.normal(1 + shift, 1, 9000))
+        items = figures.covers("log expression", "s", prior, real, bins)
+        assert [item["outcome"] for item in items] == outcomes
+    assert len(figures.covers("log2 fold change", "s", prior, prior, bins)) == 2
+    assert items[0]["difference"] == pytest.approx(np.mean(real > np.percentile(prior, 99.5)))
+
+
+def test_large_populations_have_no_repeats_before_all_are_given(full):
+    """Given populations of 60 of 40 cells: the first 40 are all of them, the rest are some of them again; each is of the
+    experiment that it says."""
+    screen = figures.load_first(full, "real")
+    e = tasks.evaluation_tasks(screen, 8, 2)
+    given = figures.longer(np.random.default_rng(0), screen, e, 60)
+    assert given.controls.shape[1] == given.context.shape[2] == 60
+    for i, system in enumerate(e.system.tolist()):
+        for k, treatment in enumerate(given.context_treatments[i]):
+            cells, t = given.context[i, k], 1 + int(treatment.argmax())
+            assert len(np.unique(cells[:40], axis=0)) == len(np.unique(cells, axis=0)) == 40
+            assert (np.sort(cells[:40], axis=0) == np.sort(screen.pool(system, t), axis=0)).all()
+    assert figures.cells_given(dataclasses.replace(full, most_cells=800), [screen], 20) == [5, 10, 20, 40]
 
 
 def test_densities_by_hand(s):
@@ -146,7 +203,7 @@ def test_bars_are_paired():
     axis = SimpleNamespace(errorbar=lambda x, mean, sd, **look: drawn.append((mean, sd)))
     values = np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, 0]])
     for paired in (True, False):
-        figures.draw_curve(axis, Panel("", "", "", [0, 1], paired=paired), "a", values, ("k", "o", "-"))
+        drawing.draw_curve(axis, Panel("", "", "", [0, 1], paired=paired), "a", values, ("k", "o", "-"))
     (mean, none), (_, sd) = drawn
     assert mean.tolist() == [2, 3] and not none.any() and sd.tolist() == [2**0.5] * 2
 
@@ -206,6 +263,7 @@ def test_augmentation_is_paired(asked, full):
         np.testing.assert_array_equal(few.given.controls, many.given.controls[:3])
     assert np.all(areas > 0.9) and np.all(panels[0].curves["random"] < 0.5)
     assert evidence[0]["difference"] == pytest.approx((areas[:, 2] - areas[:, 0]).mean())
+    assert evidence[1]["units"] == "draws" and evidence[0]["units"] == "conditions"
 
 
 def test_all_snapshots_see_the_same_tasks(asked, full):
@@ -214,19 +272,33 @@ def test_all_snapshots_see_the_same_tasks(asked, full):
     assert [p.title for p in panels] == ["held-out systems of its own prior", "real"]
     for p in panels:
         assert list(p.curves) == ["prior", "prior-unpaired"] and p.x == [80, 160, 320]  # updates times 8 times 2
-    for i in range(0, 12, 3):
+        assert [len(values) for values in p.curves.values()] == [2 * full.snapshot_tasks, full.snapshot_tasks]
+    for i in range(0, 18, 3):
         for call in asked[i : i + 3]:
             np.testing.assert_array_equal(call.given.controls, asked[i].given.controls)
             assert call.guidance == 1 and (call.key == asked[0].key).all()
-    assert [e["difference"] for e in evidence] == [0, 0]  # the same model
+    assert [e["difference"] for e in evidence] == [0] * 4  # the same model
+    assert [e["screen"] for e in evidence] == ["prior", "prior", "real", "real"]
 
 
 def test_coverage_of_the_prior(asked, full):
-    """The evidence is the share of a real screen's values in bins that the prior reaches; SCMs are left out."""
+    """Every predicted screen of log-expression is held against the prior, by itself; SCMs are left out."""
     panels, _, evidence = figures.compute_coverage(full)
-    prior, real, another = panels[0].bars.values()
-    assert evidence[0]["difference"] == pytest.approx(real[prior > 0].sum() / real.sum())
-    assert len(evidence) == 4 and evidence[1]["difference"] == pytest.approx(another[prior > 0].sum() / another.sum())
+    assert [len(p.bars) for p in panels] == [3, 3] and len(evidence) == 2 * (3 + 2)
+    assert {item["screen"] for item in evidence} == {"real", "another"}
+
+
+def test_a_missing_screen_leaves_out_itself(asked, full):
+    """Screens that no model has predicted, of the paper or not, and a screen that could not be made, are in no figure
+    and in the way of none: the one that there is is shown."""
+    for name in ("melanoma", "replicates"):
+        add_screen(full, name, paper=name)
+        (full.out / "smoke" / "samples" / name).mkdir()
+    (full.out / "smoke" / "screens" / "absent").mkdir()
+    s = dataclasses.replace(full, screens=2)
+    for what in ("context", "cells", "guidance", "tta"):
+        panels, _, _ = figures.compute_sweep(s, what)
+        assert panels and all(p.title.startswith(("real", "another", "scms")) for p in panels)
 
 
 def test_one_task_and_its_prediction(full):
@@ -267,7 +339,7 @@ def test_drawn_from_the_json_alone(main, monkeypatch, s):
 
     def compute(s):
         runs.append(s)
-        return panels, "n = 2", figures.difference("x", np.ones(1))
+        return panels, "n = 2", judge.decide([{"what": "x", "screen": "t"} | judge.two_samples([1.0], [0.0])])
 
     monkeypatch.setitem(FIGURES, "ode", ("title", compute))
     document = main("ode")
