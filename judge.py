@@ -222,14 +222,17 @@ def decide(items: list[dict], margin: float | None = None) -> list[dict]:
 
 def verdict(items: list[dict]) -> str:
     """In words, in how many of its items a claim holds, and every item in which it does not."""
+    names = [item["what"].split(" against ")[0] for item in items]
+    if len(set(names)) < len(names):  # the rival tells them apart
+        names = [item["what"] for item in items]
     good = [item for item in items if item["outcome"] in GOOD]
     text = "holds" if len(good) == len(items) else f"holds in {len(good)} of {len(items)}"
     if not good and len({item["outcome"] for item in items}) == 1:
         return items[0]["outcome"]
     others: dict = {}
-    for item in items:
+    for name, item in zip(names, items):
         if item["outcome"] not in GOOD:
-            others.setdefault(item["outcome"], []).append(item["what"])
+            others.setdefault(item["outcome"], []).append(name)
     for outcome in sorted(others, key=("worse", "fails").__contains__, reverse=True):  # losses first
         text += f"; {outcome}: {', '.join(others[outcome])}"
     return text

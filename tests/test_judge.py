@@ -153,8 +153,10 @@ def test_hardest_of_several_rivals():
 
 def test_no_loss_is_hidden():
     """The verdict names every item in which the claim does not hold, losses first."""
-    items = [item(9, what="RMSE"), item(0.1, what="PDS"), item(-9, what="W2"), item(9, what="MMD")]
+    items = [item(9, what="RMSE against A"), item(0.1, what="PDS against A"), item(-9, what="W2 against B"), item(9)]
     assert judge.verdict(judge.decide(items)) == "holds in 2 of 4; worse: W2; not told apart: PDS"
+    items = [item(-9, what="MR against A"), item(9, what="MR against B")]
+    assert judge.verdict(judge.decide(items)) == "holds in 1 of 2; worse: MR against A"
     assert judge.verdict(judge.decide([item(9), item(8)])) == "holds"
     assert judge.verdict(judge.decide([item(9, trainings=1), item(-9, trainings=1)])) == "undecided"
 
