@@ -14,7 +14,6 @@ Laptop scale: one to two minutes a split on two CPU cores.
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import sample
 import scales
 import tasks
 import train
-from tasks import VALIDATION, Screen
+from tasks import VALIDATION, Screen, Task
 
 LENGTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a training, as shares of --updates
 PATIENCE = 2  # lengths in a row that bring nothing, after which longer ones are not tried
@@ -42,7 +41,7 @@ class Fold(NamedTuple):
     """A network in training on all but one condition."""
     screen: Screen
     state: train.State
-    validate: Callable[[train.State], float]
+    held_out: Task
 
 
 def most_context(folds: list[Screen]) -> int:
@@ -64,8 +63,8 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) 
     for screen in folds:
         state, static = train.begin(s, folder, screen)
         update = update or train.make_update(s, static, Mesh(np.array(jax.devices()), ("data",)))
-        validate = train.make_validation(s, static, train.validation_tasks(s, screen))
-        running.append(Fold(screen, state, validate))
+        running.append(Fold(screen, state, train.validation_tasks(s, screen)))
+    validate = train.make_validation(s, static)
     key, done = scales.key("updates", s.seed), 0
     bar = tqdm(total=s.updates, unit="update", desc=f"{label}, {len(folds)} folds", mininterval=2)
     for length in sorted({max(1, round(share * s.updates)) for share in LENGTHS}):
@@ -77,7 +76,7 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) 
             running[number] = fold._replace(state=state)
             # A copy: the update gives the memory of its argument to its result.
             weights = jax.tree.map(np.asarray, train.averaged(s, state))
-            found[length].append((fold.validate(state), weights))
+            found[length].append((validate(state, fold.held_out), weights))
         bar.update(length - done)
         done = length
         losses = mean_losses(found)
