@@ -87,7 +87,8 @@ def test_count_parameters_counts_each_once():
 @pytest.mark.parametrize("changes, named", [
     ({"width": 30, "heads": 4}, "30"), ({"heads": 0}, "heads"), ({"depth": 0}, "depth"),
     ({"registers": -1}, "registers"),
-    ({"attention": "flash"}, "flash"), ({"precision": "half"}, "half"), ({"network": "nowhere.Net"}, "nowhere.Net"), ({"network": "Net"}, "Net")])
+    ({"attention": "flash"}, "flash"), ({"precision": "half"}, "half"),
+    ({"network": "nowhere.Net"}, "nowhere.Net"), ({"network": "Net"}, "Net")])
 def test_impossible_networks_are_refused(changes, named):
     """Sizes that do not fit, and names that do not exist, are named."""
     with pytest.raises(BadInput, match=named):

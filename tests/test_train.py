@@ -2,8 +2,15 @@
 
 import csv
 import dataclasses
+import importlib
 import json
+import os
+import re
+import shlex
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -13,15 +20,22 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+import tyro
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import devices
 import model
 import scales
 import tasks
 import train
+from conftest import write_linear
 from scales import BadInput
 from tasks import TEST, TRAIN, VALIDATION, Given, Task
 from train import Settings, State
+
+ROOT = Path(__file__).parents[1]
+
 
 class Told(eqx.Module):
     """A network that returns `say(y_tau, tau, drop)`, to see what a loss hands to it."""
@@ -136,14 +150,20 @@ def test_one_batch_can_be_overfitted(trained, beginning):
 
 
 def test_a_batch_can_be_split_at_will(like, trained, beginning):
-    """8 tasks on two devices at once have the loss and gradient of 4 micro-batches of 2 tasks on one device:
-    accumulation is a larger batch, and devices share it."""
+    """8 tasks on two devices at once have the loss and gradient of 8 micro-batches of one task on one device:
+    accumulation is a larger batch, and devices share it. [D8] The average decays by 0.999 with each micro-batch, by
+    0.999^8 with the update, and what inference uses after a first update are its weights."""
     (state, static), batch = beginning, random_tasks(3, 8)
-    apart = train.make_update(like(accumulate=4, micro_batch=2), static, mesh_of(1))
+    s = like(accumulate=8, micro_batch=1, ema=0.999)
+    apart = train.make_update(s, static, mesh_of(1))
     after, *numbers = run_update(trained.update, state, micro_batches(batch, 1))
-    other, *others = run_update(apart, state, micro_batches(batch, 4), devices=1)
+    other, *others = run_update(apart, state, micro_batches(batch, 8), devices=1)
     np.testing.assert_allclose(numbers, others, rtol=1e-4)
     np.testing.assert_allclose(moments(after), moments(other), atol=1e-4 * np.abs(moments(after)).max())
+    averaged = train.averaged(s, jax.tree.map(jnp.asarray, other))
+    for weights, average, used in zip(*map(jax.tree.leaves, (other.parameters, other.average, averaged))):
+        np.testing.assert_allclose(average, (1 - 0.999**8) * weights, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(used, weights, rtol=1e-4, atol=1e-5)
 
 
 def test_average_is_the_weighted_mean_of_the_weights(trained, beginning):
@@ -167,12 +187,27 @@ def test_no_key_is_used_twice(beginning):
         assert np.isfinite(loss(parameters, jr.key(0)))
 
 
-@pytest.mark.parametrize("section, genes", [("linear", 20), ("grn", 50)])
-def test_paper_update_lowers_for_cuda(section, genes):
-    """The update at the paper's full size is traced and lowered for an NVIDIA GPU, from shapes alone."""
+def multiplications(text: str) -> dict[str, int]:
+    """Of all matrix products in a lowered program, by the type of their factors; a loop's body counts once."""
+    total = {"f32": 0, "bf16": 0}
+    pattern = r"contracting_dims = \[([\d, ]*)\].*: \(tensor<(\S+)x(f32|bf16)>, tensor<\S+x\3>\) -> tensor<(\S+)x\w+>"
+    for summed, left, kind, out in re.findall(pattern, text):
+        sizes = [int(left.split("x")[int(axis)]) for axis in summed.split(",") if axis.strip()]
+        total[kind] += int(np.prod([*map(int, out.split("x")), *sizes]))
+    assert len(re.findall(pattern, text)) == text.count("stablehlo.dot_general")
+    return total
+
+
+@pytest.mark.parametrize("section, genes, tokens", [("linear", 20, 3013), ("grn", 50, 2017)])
+def test_paper_update_lowers_for_cuda(section, genes, tokens, monkeypatch):
+    """The update at the paper's full size is traced and lowered for an NVIDIA GPU, from shapes alone. Attention is
+    cuDNN's, forwards, again for the backward pass, and backwards, and no T x T scores are stored; of all other
+    multiplications over 98% have factors in bfloat16. States keep their shapes."""
+    # Lowering asks for the version of cuDNN, which a machine without a GPU need not have.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90_000)
     fields = {field.name for field in dataclasses.fields(Settings)}
     changed = {name: value for name, value in scales.at("paper", section).items() if name in fields}
-    s = Settings(**changed, attention="plain")
+    s = Settings(**changed, attention="cudnn", precision="bfloat16")
     parameters, static = eqx.partition(model.outline(s, genes), lambda x: isinstance(x, jax.ShapeDtypeStruct))
     state = jax.eval_shape(lambda p: State(p, train.make_optimiser(s).init(p), jax.tree.map(jnp.zeros_like, p),
                                            jnp.zeros((), int)), parameters)
@@ -180,11 +215,17 @@ def test_paper_update_lowers_for_cuda(section, genes):
     fields = [jax.ShapeDtypeStruct(batch + size, jnp.float32)
               for size in ((n, genes), (k, n, genes), (k, genes), (genes,), (n, genes))]
     batches = Task(Given(*fields[:4]), fields[4])
-    update = train.make_update(s, static, mesh_of(1))
-    exported = jax.export.export(update, platforms=["cuda"])(state, batches, jax.eval_shape(lambda: jr.key(0)))
-    assert exported.platforms == ("cuda",) and s.updates * s.accumulate == {"linear": 50_000, "grn": 400_000}[section]
-    assert f"tensor<{s.micro_batch}x{k}x{n}x{genes}xf32>" in exported.mlir_module()
-    assert [x.shape for x in exported.out_avals[:-2]] == [x.shape for x in jax.tree.leaves(state)]
+    traced = train.make_update(s, static, mesh_of(1)).trace(state, batches, jax.eval_shape(lambda: jr.key(0)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert s.updates * s.accumulate == {"linear": 50_000, "grn": 400_000}[section]
+    assert f"tensor<{s.micro_batch}x{k}x{n}x{genes}xf32>" in text
+    assert [x.shape for x in jax.tree.leaves(traced.out_info)[:-2]] == [x.shape for x in jax.tree.leaves(state)]
+    calls = re.findall(r"@__cudnn\$(\w+)", text)
+    assert sorted(calls) == ["fmhaSoftmax", "fmhaSoftmax", "fmhaSoftmaxBackward"]
+    padded = -(-tokens // 64) * 64
+    assert f"x{padded}x4x64xbf16" in text and f"{tokens}x{tokens}" not in text and f"{padded}x{padded}" not in text
+    work = multiplications(text)
+    assert s.depth * work["bf16"] > 0.98 * (s.depth * work["bf16"] + work["f32"])
 
 
 def test_tasks_of_an_update_are_its_own(like, trained):
@@ -198,6 +239,28 @@ def test_tasks_of_an_update_are_its_own(like, trained):
     assert len(seen) == 12
     other = train.update_tasks(like(accumulate=2, micro_batch=3, seed=1), trained.screen, 0)
     assert not {cells.tobytes() for cells in other.target.reshape(6, 6, 5)} & seen
+
+
+def test_shares_are_parts_of_the_whole(like, trained):
+    """What processes draw, each for its share of the micro-batches, is together what one would have drawn alone."""
+    s = like(accumulate=2, micro_batch=4)
+    parts = [train.update_tasks(s, trained.screen, 3, share) for share in (range(0, 1), range(1, 4))]
+    together = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+    assert jax.tree.all(jax.tree.map(np.array_equal, together, train.update_tasks(s, trained.screen, 3)))
+
+
+def test_genes_are_permuted_in_training_only(like, trained):
+    """[D52] With permuted genes the tasks of an update are the ones without, each with columns in an order of its own;
+    validation tasks keep theirs."""
+    plain, other = (train.update_tasks(like(permute_genes=on), trained.screen, 0) for on in (False, True))
+    orders = set()
+    for before, after in zip(plain.target[0], other.target[0]):
+        order = np.argmax((before[:, :, None] == after[:, None]).all(0), axis=0)  # new gene -> old gene
+        np.testing.assert_array_equal(before[:, order], after)
+        orders.add(tuple(order.tolist()))
+    assert len(orders) > 5 and all(sorted(order) == list(range(5)) for order in orders)
+    same = [train.validation_tasks(like(permute_genes=on), trained.screen).target for on in (False, True)]
+    np.testing.assert_array_equal(*same)
 
 
 def test_held_out_graphs_are_not_trained_on(like, trained):
@@ -309,7 +372,7 @@ def test_one_run_for_each_split_and_none_twice(trained, like, main, monkeypatch,
     monkeypatch.setattr(tasks, "splits", lambda s: 2 * here)
     monkeypatch.setattr(tasks, "split_number", lambda folder: next(numbers))
     main(train)
-    assert runs == [(0, "split-0"), (1, "split-1")]
+    assert runs == [(0, "split-0"), (1000, "split-1")]  # no seed of a run is one of another's splits
 
 
 def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
@@ -336,12 +399,72 @@ def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
     {"micro_batch": 3}, {"micro_batch": 0}, {"context": 11}, {"context": -1}, {"updates": 0}, {"ema": 1.0},
     {"learning_rate": -1.0}, {"accumulate": 0}, {"cells": 0}, {"clip": 0.0}, {"drop_condition": 7.0}, {"seed": -1},
     {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"},
-    {"learning_rate": np.nan}])
+    {"learning_rate": np.nan}, {"seed": 1000}])
 def test_unusable_settings_are_refused(like, changed):
     """Each would train to nonsense, or not at all: the message names the setting, before any work."""
     (name, value), = changed.items()
     with pytest.raises(BadInput, match=name.replace("_", "-") if isinstance(value, (int, float)) else value):
         train.check(like(**changed))
+
+
+@pytest.mark.parametrize("variables, words, known", [
+    ({}, {}, None),
+    ({"SLURM_NTASKS": "8"}, {}, None),  # of a batch script, which srun has not multiplied
+    ({"SLURM_STEP_NUM_TASKS": "8"}, {}, {}),
+    ({"OMPI_COMM_WORLD_SIZE": "8"}, {}, {}),
+    ({"SLURM_STEP_NUM_TASKS": "8"}, {"coordinator": "node1:4000", "processes": 8, "process": 7},
+     {"coordinator_address": "node1:4000", "num_processes": 8, "process_id": 7, "cluster_detection_method": "deactivate"})])
+def test_processes_are_told_of_each_other(like, monkeypatch, variables, words, known):
+    """srun and mpirun let JAX find out who is who, --coordinator tells it, and one process asks nobody."""
+    for name in ("SLURM_NTASKS", *devices.LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **what: told.append(what))
+    assert devices.join(like(**words)) == (1 if known is None else 8)
+    assert told == ([] if known is None else [known | {"initialization_timeout": devices.PATIENCE}])
+
+
+@pytest.mark.parametrize("words, message", [
+    ({"coordinator": "node1:4000", "processes": 2, "process": 2}, "--process 2"),
+    ({"coordinator": "node1", "processes": 2}, "--coordinator node1 .*host:port"), ({"processes": 2}, "--coordinator")])
+def test_processes_that_cannot_meet_say_so(like, words, message):
+    """A number that is none of theirs, or no place to meet, ends in one line and not in waiting."""
+    with pytest.raises(BadInput, match=message):
+        devices.join(like(**words))
+
+
+def test_two_processes_are_one(tmp_path):
+    """Two processes of one device each, which meet on the loopback, train the model of one process with two devices:
+    the same batches, the mean of the same gradients, and one writer."""
+    write_linear(tmp_path / "smoke" / "screens" / "dags", systems=8, genes=4)
+    small = "--width 8 --heads 1 --depth 1 --registers 1 --micro-batch 2 --accumulate 2 --updates 3 --log-every 1"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"--coordinator localhost:{free.getsockname()[1]} --processes 2 --process"
+    running, environment = [], os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    for words in (f"--name two {meet} 0", f"--name two {meet} 1", "--name one"):
+        command = f"train.py --screen dags --scale smoke --out {tmp_path} {small} {words}"
+        running.append(subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    told = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], told
+    assert "2 x cpu" in told[0][0] and not told[1][0]  # only the first of them prints
+    folders = [tmp_path / "smoke" / "train" / name / "split-0" for name in ("one", "two")]
+    one, two = (jax.tree.leaves(eqx.filter(model.load_model(folder / "model.eqx")[1], eqx.is_array)) for folder in folders)
+    assert max(float(np.abs(a - b).max()) for a, b in zip(one, two)) < 1e-6
+    assert [row["loss"] for row in rows_of(folders[0])] == [row["loss"] for row in rows_of(folders[1])]
+
+
+def test_the_page_on_clusters_has_commands_that_can_be_given():
+    """Every `python ...` of CLUSTER.md is understood by its script, word by word, and the page is short."""
+    page = (ROOT / "CLUSTER.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python (\w+)\.py ([^\n`#]*)", page)
+    assert len(commands) > 8 and len(page.encode()) < 4000
+    for script, words in commands:
+        words = re.sub(r"\$\w+", "1", words)  # a variable of the shell: a number
+        tyro.cli(importlib.import_module(script).Settings, args=shlex.split(words))
 
 
 def test_a_run_that_cannot_succeed_says_so(like, trained, tmp_path):
