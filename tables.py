@@ -327,7 +327,7 @@ def figure_section(root: Path, document: dict) -> list[str]:
 
 
 def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
-    """What came of a claim on each screen that it is about: outcome, items, rivals that are not there."""
+    """What came of a claim on each screen that it is about: outcome, which names rows that are not there, and items."""
     found, waiting = [], set(PAPER) & claim.wanted.keys()
     if "real" in claim.wanted:
         waiting |= PAPER.keys() - {"linear"}
@@ -344,11 +344,13 @@ def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
                     items[-1]["what"] = f"{ROWS[row]}, {items[-1]['what']}"
         if items:
             waiting.discard(results.paper)
-            judge.decide(items, claim.margin)
-            found.append({"screen": results.name, "outcome": judge.verdict(items), "items": items, "absent": absent})
+            outcome = judge.verdict(judge.decide(items, claim.margin))
+            if absent:
+                outcome += f" (without {', '.join(ROWS[row] for row in absent)}, not run)"
+            found.append({"screen": results.name, "outcome": outcome, "items": items})
     for name in sorted(waiting):
         reason = document["tables"].get(name, {}).get("not_run", "no such rows to compare")
-        found.append({"screen": name, "outcome": f"not run: {reason}", "items": [], "absent": []})
+        found.append({"screen": name, "outcome": f"not run: {reason}", "items": []})
     return found
 
 
@@ -359,10 +361,10 @@ def judged_by_figure(figure: dict) -> list[dict]:
         by_screen.setdefault(item["screen"], []).append(item)
     if not by_screen:
         reason = figure.get("not_run", "no such figure, or too few values in it")
-        return [{"screen": "all", "outcome": f"not run: {reason}", "items": [], "absent": []}]
+        return [{"screen": "all", "outcome": f"not run: {reason}", "items": []}]
     found = []
     for screen, items in by_screen.items():
-        found.append({"screen": screen, "outcome": judge.verdict(items), "items": items, "absent": []})
+        found.append({"screen": screen, "outcome": judge.verdict(items), "items": items})
     return found
 
 
@@ -376,10 +378,7 @@ def claim_section(screens: list[Results], document: dict) -> list[str]:
         document["claims"].append({"number": number, "paper": says, "asked": asks, "judged": found})
         rows = []
         for of_screen in found:
-            text = said(of_screen["items"]) or "–"
-            if of_screen["absent"]:
-                text += f"; not there: {', '.join(of_screen['absent'])}"
-            rows.append([of_screen["screen"], of_screen["outcome"], text])
+            rows.append([of_screen["screen"], of_screen["outcome"], said(of_screen["items"]) or "–"])
         lines += [f"### {number}. \"{says}\"", "", f"{asks}:", "", *grid(["screen", "outcome", "evidence"], rows), ""]
     return lines
 

@@ -151,7 +151,7 @@ def test_augmentation_raises_and_steadies():
 
 
 def test_paired_prior_needs_trainings():
-    """Early and late snapshots are compared between trainings: three of each decide, one of each leaves it undecided."""
+    """Early and late snapshots are compared between trainings: three of each decide, one of each leaves it open."""
     paired = [np.full((4, 6), level) for level in (0.80, 0.82, 0.81)]
     unpaired = [np.linspace(level, 0.81, 6) * np.ones((4, 1)) for level in (0.20, 0.22, 0.21)]
     first, last = figures.learnt("s", paired, unpaired)
@@ -173,8 +173,8 @@ def test_coverage_can_fail():
 
 
 def test_large_populations_have_no_repeats_before_all_are_given(full):
-    """Given populations of 60 of 40 cells: the first 40 are all of them, the rest are some of them again; each is of the
-    experiment that it says."""
+    """Given populations of 60 of 40 cells: the first 40 are all of them, the rest are some of them again; each is of
+    the experiment that it says."""
     screen = figures.load_first(full, "real")
     e = tasks.evaluation_tasks(screen, 8, 2)
     given = figures.longer(np.random.default_rng(0), screen, e, 60)

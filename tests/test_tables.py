@@ -212,7 +212,7 @@ def test_claims_of_figures(report, linear, tmp_path):
     assert len(found) == len(CLAIMS) + len(FIGURE_CLAIMS) == 12
     assert [of["outcome"] for of in found[10]["judged"]] == ["holds", "worse"]
     assert "| one | holds | W2: better, +2.000 [+1.791, +2.209], n = 21 conditions |" in text
-    assert "; not there: mfm |" in text and "| all | not run: no GPU | – |" in text
+    assert "(without MFM, not run) | W2 against CondOT: undecided" in text and "| all | not run: no GPU | – |" in text
     for claim in document["claims"]:
         assert f'### {claim["number"]}. "{claim["paper"]}"' in text and claim["judged"]
     assert "![5a](figures/context.png)\n\nCaption." in text and "### tta\n\nnot run: no GPU" in text
