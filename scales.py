@@ -90,7 +90,7 @@ TABLE = {
         "multiples":             ((1.0, 2.0), (0.25, 1.0, 2.0, 6.0)),  # Figure 5b: N
         "most_cells":            (48,       100),            # Figure 5b: given, at most
         "weights":               ((1.0, 2.0), (1.0, 1.5, 2.0, 2.5, 3.0)),  # of guidance
-        "tta_draws":             (2,          3),            # Figure 3: draws of cells
+        "tta_draws":             (2,          6),            # Figure 3: draws of cells
         "snapshot_tasks":        (2,          6),            # Figure 2: tasks of each snapshot
         "ode_steps":             ((5, 10), (5, 10, 20, 50)),
         "ode_reference":         (20,       100),
@@ -102,16 +102,26 @@ TABLE = {
         "latent":                (8,         32),
         "adversary_width":       (16,        64),
         "embedding_gain":        (10.0,    10.0),
-        "updates":               (50,      1500),
+        "updates":               (50,      6000),            # at most; `patience` ends it sooner [D54]
+        "validate_every":        (50,       200),            # updates between two validations
+        "patience":              (1,            6),            # validations without a new best
         "batch":                 (32,       128),
         "learning_rate":         (2e-3,    2e-3),
         "adversary_learning_rate": (2e-3,  2e-3),
     },
     "condot": {
         "hidden":                (16,        64),
-        "updates":               (50,       500),
+        "layers":                (2,          2),
+        "updates":               (50,      2000),
+        "validate_every":        (50,        50),
+        "patience":              (1,            5),
         "batch":                 (32,        64),
         "learning_rate":         (1e-3,    1e-3),
+    },
+    "condot-linear": {         # linear SCMs
+        "updates":               (50,      4000,   50_000),  # (released code)
+        "batch":                 (32,        64,      500),  # (released code)
+        "validate_every":        (50,       200),
     },
     "mfm": {
         "neighbours":            (4,         10),
@@ -119,16 +129,25 @@ TABLE = {
         "width":                 (32,       128),
         "layers":                (2,          3),
         "features":              (8,         32),
-        "updates":               (50,      1500),
+        "updates":               (50,      6000),
+        "validate_every":        (50,       100),
+        "patience":              (1,            6),
         "batch":                 (16,        32),
         "conditions":            (1,          4),
         "learning_rate":         (1e-3,    1e-3),
+    },
+    "mfm-linear": {            # linear SCMs
+        "updates":               (50,      6000,   25_000),  # (released code) [D37]
+        "batch":                 (16,        32,      500),  # (released code)
+        "validate_every":        (50,       250),
     },
     "cellflow": {
         "embedding":             (16,        64),
         "width":                 (32,       128),
         "layers":                (2,          2),
-        "updates":               (50,       500),
+        "updates":               (50,      3000),
+        "validate_every":        (50,        50),
+        "patience":              (1,            6),
         "batch":                 (16,        32),
         "conditions":            (2,          8),
         "learning_rate":         (1e-3,    1e-3),
@@ -138,7 +157,9 @@ TABLE = {
         "depth":                 (1,          2),
         "heads":                 (2,          4),
         "sets":                  (2,          8),
-        "updates":               (50,       800),
+        "updates":               (50,      3000),
+        "validate_every":        (50,       100),
+        "patience":              (1,            6),
         "batch":                 (16,        32),
         "learning_rate":         (1e-3,    1e-3),
     },

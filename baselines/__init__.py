@@ -10,7 +10,7 @@ training, `fitting.py` what the trained ones share.
     python -m baselines --screen leukemia --scale paper
     python -m baselines --screen leukemia --methods cpa additive     # some rows only
     python -m baselines --screen linear --methods condot --search    # Table 7's grid, chosen on validation conditions
-Departures from the paper, marked where they happen: D32, D33, and those of the methods, D35 to D48 (DEPARTURES.md).
+Departures from the paper, marked where they happen: D32, D33, D54, and those of the methods, D35 to D48 (DEPARTURES.md).
 
 MapPFN sees the known half of a held-out system as context experiments only; a baseline, which cannot be told of a
 system in any other way, is trained on it, and on all other systems (B.4).
@@ -41,8 +41,9 @@ import metrics
 import scales
 import tasks
 from baselines import simple
+from baselines.simple import known_conditions
 from scales import BadInput
-from tasks import TRAIN, VALIDATION, Evaluation, Screen
+from tasks import VALIDATION, Evaluation, Screen
 
 
 @runtime_checkable
@@ -79,7 +80,7 @@ TRAINED = {
     "mfm": Row("mfm.MFM"),
     "cellflow": Row("cellflow.CellFlow", of_expression=True),
     "state": Row("state.State", of_expression=True),
-    "condot-released": Row("condot.CondOT", {"identity_init": False}),  # an ordinary initialisation does better [D36]
+    "condot-identity": Row("condot.CondOT", {"identity_init": True}),  # the paper's, which does worse [D36]
 }
 
 # Rows that are handed true cells. [D33] paper: "observed"; released code: a second draw from the pool that
@@ -93,7 +94,7 @@ class Settings(tasks.EvaluationSettings):
     """Write the predictions of the baselines."""
     methods: tuple[str, ...] = ()  # rows to compute; if none, all that suit the screen
     search: bool = False  # try Table 7's grid on validation conditions instead
-    seeds: int = 1  # fits of each trained row; three on linear SCMs (Table 2)
+    seeds: int = 1  # fits of each trained row, seeds 0, 1, ...; three on linear SCMs (Table 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -105,17 +106,21 @@ def trained_class(row: str) -> type:
     return getattr(importlib.import_module(f"baselines.{file}"), name)
 
 
-def options_of(row: str, scale: str, **changes):
-    """Options of a trained row: the method's own, changed by the table of scales, the row, and `changes`."""
-    section = TRAINED[row].method.split(".")[0]
-    return trained_class(row).Options(**scales.at(scale, section) | TRAINED[row].options | changes)
+def options_of(row: str, scale: str, section: str, **changes):
+    """Options of a trained row: the method's own, changed by the table of scales, the row, and `changes`.
+
+    `section` is that of the screen: linear SCMs have other numbers of updates (section "condot-linear").
+    """
+    method = TRAINED[row].method.split(".")[0]
+    changed = scales.at(scale, method, f"{method}-{section}")
+    return trained_class(row).Options(**changed | TRAINED[row].options | changes)
 
 
 def make(row: str, scale: str, screen: Screen, rng: np.random.Generator, **changes) -> Baseline:
     """A fitted baseline. Raises BadInput if there is nothing to fit it to."""
     if row in METHODS:
         return METHODS[row](screen, rng)
-    return trained_class(row)(screen, rng, options_of(row, scale, **changes))
+    return trained_class(row)(screen, rng, options_of(row, scale, screen.made["section"], **changes))
 
 
 def default_rows(screen: Screen) -> list[str]:
@@ -154,14 +159,17 @@ def settings_of(s: Settings, row: str, screen: Screen) -> dict:
     for name in ("methods", "search", "seeds", "draws", "out"):
         del kept[name]
     if row in TRAINED:
-        kept["options"] = dataclasses.asdict(options_of(row, s.scale))
+        kept["options"] = dataclasses.asdict(options_of(row, s.scale, screen.made["section"]))
     return kept
 
 
 def write(s: Settings, row: str, seed: int, split: int, screen: Screen, draws: dict[int, Evaluation]) -> None:
-    """Write one row of one split, except what is finished; it is fitted once for all draws of cells."""
+    """Write one row of one split, except what is finished; it is fitted once for all draws of cells.
+
+    A trained row is `<row>-seed<k>`, and the same fit whatever other seeds there are.
+    """
     kept, label = settings_of(s, row, screen), row
-    if row in TRAINED and s.seeds > 1:
+    if row in TRAINED:
         label = f"{row}-seed{seed}"
     todo = {}
     for draw, evaluation in draws.items():
@@ -177,7 +185,10 @@ def write(s: Settings, row: str, seed: int, split: int, screen: Screen, draws: d
         baseline = make(row, s.scale, screen, scales.generator("baseline", *numbers))
     if row in TRAINED:
         about = {"options": kept["options"], "parameters": baseline.parameters,
-                 "conditions_on": baseline.conditions_on, "fit_seconds": round(time.perf_counter() - start, 2)}
+                 "conditions_on": baseline.conditions_on, "trained_seed": seed,
+                 "fitted_to": int(known_conditions(screen)[:, 1:].sum()), "updates": baseline.updates,
+                 "stopped": baseline.stopped, "validation": baseline.validation,
+                 "fit_seconds": round(time.perf_counter() - start, 2)}
     for path, (draw, evaluation) in todo.items():
         p = predict(row, baseline, screen, evaluation, scales.generator("baseline", *numbers, draw))
         if not len(p.target):
@@ -196,29 +207,20 @@ def write(s: Settings, row: str, seed: int, split: int, screen: Screen, draws: d
 # -------------------------------------------------------------------------------- the search of options (C.3, Table 7)
 
 
-def validation_screen(screen: Screen, rng: np.random.Generator) -> Screen:
-    """The screen with its VALIDATION conditions; if it has none, one training condition of each system becomes one."""
-    if (screen.split == VALIDATION).any():
-        return screen
-    split = screen.split.copy()
-    for uses in split:
-        known = 1 + np.flatnonzero(uses[1:] == TRAIN)
-        if len(known) > 1:
-            uses[rng.choice(known)] = VALIDATION
-    return dataclasses.replace(screen, split=split)
-
-
 def search(s: Settings, row: str, screen: Screen) -> None:
-    """Fit every setting of Table 7's grid, write the RMSE on validation conditions; test conditions are never used."""
+    """Fit every setting of Table 7's grid, write the RMSE on validation conditions; test conditions are never used.
+
+    Where there is none, each training condition is left out in turn: a setting is fitted once for each of them [D55].
+    """
     grid = trained_class(row).grid
-    screen = validation_screen(screen, scales.generator("validation", s.seed))
-    evaluation = tasks.evaluation_tasks(screen, s.eval_cells, 0, s.seed, split=VALIDATION)
     results = []
     for values in itertools.product(*grid.values()):
-        options = dict(zip(grid, values))
-        rng = scales.generator("baseline", s.seed)
-        p = predict(row, make(row, s.scale, screen, rng, **options), screen, evaluation, rng)
-        errors = [metrics.rmse(true, predicted) for true, predicted in zip(p.target, p.prediction)]
+        options, errors = dict(zip(grid, values)), []
+        for fold in tasks.folds(screen):
+            evaluation = tasks.evaluation_tasks(fold, s.eval_cells, 0, s.seed, split=VALIDATION)
+            rng = scales.generator("baseline", s.seed)
+            p = predict(row, make(row, s.scale, fold, rng, **options), fold, evaluation, rng)
+            errors += [metrics.rmse(true, predicted) for true, predicted in zip(p.target, p.prediction)]
         results.append({"options": options, "validation_rmse": float(np.mean(errors))})
         print(f"{row} {options}: RMSE {np.mean(errors):.4f} on {len(errors)} validation conditions", flush=True)
     best = min(results, key=lambda result: result["validation_rmse"])

@@ -35,7 +35,7 @@ from model import time_features
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(fitting.Length):
     """Hyperparameters; the defaults are the method's own, or chosen here where no source states one."""
     epsilon: float = 0.1            # of the coupling, in units of the mean squared distance [D38]
     condition_dropout: float = 0.0  # of the condition's encoding [D39]
@@ -43,7 +43,7 @@ class Options:
     embedding: int = 256            # E, width of the condition's encoding (CellFlow)
     width: int = 1024               # W, of every network [D40]
     layers: int = 3                 # of every network [D40]
-    updates: int = 10_000           # (chosen here: 200,000 batches of one condition)
+    updates: int = 10_000           # at most (chosen here: 200,000 batches of one condition)
     batch: int = 200                # cells n per condition: a population of the evaluation (B.3)
     conditions: int = 20            # conditions whose gradients are averaged (CellFlow)
     learning_rate: float = 5e-5     # of Adam (CellFlow)

@@ -37,7 +37,7 @@ SMALLEST_VARIANCE = 1e-3  # of a gene given its latent: that of a constant gene 
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(fitting.Length):
     """Hyperparameters of CPA. Sizes are those of PerturBench (Wu et al., 2025b), which the paper follows (C.3)."""
     width: int = 256                        # of every layer but the adversaries' (PerturBench searches 256 to 4352)
     latent: int = 64  # size Z of the latent (searched, 64 to 512)
@@ -48,7 +48,7 @@ class Options:
     adv_steps: int = 3                      # every adv_steps-th step is the autoencoder's (searched, 2 to 30)
     embedding_gain: float = 1.0             # of the initial weights that read the one-hots [D45]
     warmup: float = 0.1                     # share of the updates without the adversarial term
-    updates: int = 20_000                   # of the autoencoder [D42]
+    updates: int = 20_000                   # of the autoencoder, at most [D42]
     batch: int = 512                        # cells n of a batch, even
     learning_rate: float = 1e-3             # Adam, the autoencoder's (searched, 5e-6 to 1e-3)
     adversary_learning_rate: float = 1e-3   # Adam, the adversaries' (searched likewise)

@@ -1,8 +1,13 @@
-"""What the five trained baselines share: where their cells come from, the loop that trains them, unseen treatments.
+"""What the five trained baselines share: where their cells come from, the loop that trains them and tells when to stop,
+unseen treatments.
 
 Paper: 5.2, appendix C.1. Reads and writes nothing. A method is one file beside this one: its `Options`, whose defaults
 are the method's own (the table in scales.py makes them smaller), its networks and losses, and a subclass of `Trained`.
-Departure: D35. What DEPARTURES.md says of each method is marked in its file.
+Departures: D35, D54. What DEPARTURES.md says of each method is marked in its file.
+
+How long a fit lasts is told by conditions that it does not see (`tasks.folds`). Where a screen has no VALIDATION
+condition, each training condition is left out in turn: a copy of the networks is trained without it, beside the networks
+that see all known conditions. Those are kept as they were when the copies' mean error was least.
 
     paper        name here   shape     meaning
     x0, x1       controls,   n D       cells of a batch, all of one condition: n is always the same, so that nothing
@@ -11,12 +16,13 @@ Departure: D35. What DEPARTURES.md says of each method is marked in its file.
     psi          system      ()        number of the causal system; S of them as a one-hot
 
     S systems   D genes   B conditions of an update   R known conditions (a system and a treatment with cells)
-    N cells of a prediction
+    N cells of a prediction   C copies of the networks, trained side by side; the last sees all known conditions
 """
 
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import diffrax
@@ -29,22 +35,26 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
+import metrics
+import scales
+import tasks
 from baselines.simple import known_conditions, lowest_value
 from scales import BadInput
-from tasks import CONTROL, Screen
+from tasks import CONTROL, VALIDATION, Screen
 
 # -------------------------------------------------------------------------------------------- where cells come from
 
 
 class Cells(NamedTuple):
-    """The known conditions of a screen, on the device. Cells of other conditions are NaN."""
-    cells: Float[Array, "rows D"]
-    start: Int[Array, "R"]            # first row of the treated cells
-    count: Int[Array, "R"]            # number of them
-    control_start: Int[Array, "R"]    # the same for the control cells of the same system
-    control_count: Int[Array, "R"]
-    treatment: Float[Array, "R D"]
-    system: Int[Array, "R"]
+    """The known conditions of a screen, on the device; `side_by_side` adds an axis C. Cells of others are NaN."""
+    cells: Float[Array, "*C rows D"]
+    start: Int[Array, "*C R"]            # first row of the treated cells
+    count: Int[Array, "*C R"]            # number of them
+    control_start: Int[Array, "*C R"]    # the same for the control cells of the same system
+    control_count: Int[Array, "*C R"]
+    treatment: Float[Array, "*C R D"]
+    system: Int[Array, "*C R"]
+    known: Int[Array, "*C"]              # number of conditions: R, unless the last are there to fill up
 
 
 class Batch(NamedTuple):
@@ -72,13 +82,24 @@ def training_cells(screen: Screen, controls_too: bool = False) -> Cells:
     cells = jnp.asarray(np.where(visible[:, None], screen.cells, np.float32(np.nan)))
     return Cells(cells, jnp.asarray(screen.start[systems, treatments]), jnp.asarray(screen.count[systems, treatments]),
                  jnp.asarray(screen.start[systems, CONTROL]), jnp.asarray(screen.count[systems, CONTROL]),
-                 jnp.asarray(screen.treatments[systems, treatments]), jnp.asarray(systems))
+                 jnp.asarray(screen.treatments[systems, treatments]), jnp.asarray(systems),
+                 jnp.asarray(len(systems)))
+
+
+def side_by_side(each: list[Cells]) -> Cells:
+    """One for every copy of the networks, of as many conditions as the largest has: the last is repeated to fill up."""
+    most = max(len(data.start) for data in each)
+    filled = []
+    for data in each:
+        rows = jnp.minimum(jnp.arange(most), len(data.start) - 1)
+        filled.append(Cells(data.cells, *(table[rows] for table in data[1:-1]), data.known))
+    return jax.tree.map(lambda *tables: jnp.stack(tables), *filled)
 
 
 def draw(data: Cells, n: int, *, key: PRNGKeyArray) -> Batch:
     """n control and n treated cells, with replacement, of a condition drawn at random. Runs inside jit."""
     key_condition, key_controls, key_treated = jr.split(key, 3)
-    r = jr.randint(key_condition, (), 0, len(data.start))
+    r = jr.randint(key_condition, (), 0, data.known)
     controls = data.control_start[r] + jr.randint(key_controls, (n,), 0, data.control_count[r])
     treated = data.start[r] + jr.randint(key_treated, (n,), 0, data.count[r])
     return Batch(data.cells[controls], data.cells[treated], data.treatment[r], data.system[r])
@@ -127,32 +148,65 @@ def scan(step: Callable, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]
 
 @functools.cache
 def _chunk(step: Step):
-    @eqx.filter_jit
     def run(state, data, key, first):
         def one(state, i):
             return step(state, data, i, jr.fold_in(key, i))
 
         return scan(one, state, first + jnp.arange(CHUNK))
 
-    return run
+    return eqx.filter_jit(eqx.filter_vmap(run, in_axes=(eqx.if_array(0), 0, None, None)))
 
 
-def fit(name: str, step: Step, state: PyTree, data: Cells, updates: int, *, key: PRNGKeyArray) -> PyTree:
-    """The state after `updates` steps, rounded up to chunks.
+@dataclass(frozen=True)
+class Length:
+    """How long a method is trained: part of the options of each."""
+    updates: int = 100_000      # at most
+    validate_every: int = 1000  # updates between two validations
+    patience: int = 0           # validations without a new best after which it ends; 0: all updates are made [D54]
 
-    Prints updates, loss and seconds. Raises BadInput if the loss is no longer finite.
+
+class Fit(NamedTuple):
+    """Networks, and how they came about."""
+    networks: PyTree               # C copies
+    updates: int                   # made
+    stopped: bool                  # had the validation error stopped improving? If not, there were no more updates
+    validation: dict[int, float]   # updates -> error; empty without validation
+
+
+def fit(name: str, step: Step, state: PyTree, data: Cells, length: Length,
+        validate: Callable[[PyTree], float] | None = None, *, key: PRNGKeyArray) -> Fit:
+    """Train C copies side by side until `validate` finds no improvement, and keep what it found best.
+
+    Updates are rounded up to chunks. Prints updates, loss and seconds. Raises BadInput if a loss is no longer finite.
+
+    [D54] paper: silent; released code: a fixed number of updates, which is what patience 0 does; here, at smoke and
+    laptop scale: until the error on validation conditions has stopped improving, because numbers of updates that suit
+    the paper's sizes say nothing about smaller ones.
     """
-    began, losses = time.perf_counter(), np.full(1, np.nan)
-    rounds = tqdm(range(0, updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2)
-    for first in rounds:
+    began, best, errors, stopped = time.perf_counter(), state[0], {}, False
+    every = -(-length.validate_every // CHUNK) * CHUNK
+    bar = tqdm(range(0, length.updates, CHUNK), desc=f"  {name}", unit=f"x{CHUNK} updates", leave=False, mininterval=2)
+    done, losses = 0, np.full(1, np.nan)
+    for first in bar:
         state, losses = _chunk(step)(state, data, key, jnp.asarray(first))
-        losses = np.asarray(losses)
+        done, losses = first + CHUNK, np.asarray(losses)
         if not np.isfinite(losses).all():
-            raise BadInput(f"{name}: the loss is no longer finite after {first + CHUNK} updates; "
-                           "lower its learning rate")
-    print(f"  {name}: {updates} updates, last losses {losses.mean():.4g}, {time.perf_counter() - began:.1f} s",
-          flush=True)
-    return state
+            raise BadInput(f"{name}: the loss is no longer finite after {done} updates; lower its learning rate")
+        if validate is None:
+            best = state[0]
+        elif done % every == 0 or done >= length.updates:
+            errors[done] = validate(state[0])
+            least = min(errors, key=errors.get)
+            if least == done:
+                best = state[0]
+            stopped = done - least >= length.patience * every
+            if stopped:
+                break
+    bar.close()
+    found = f", least validation RMSE {min(errors.values()):.4g}" if errors else ""
+    print(f"  {name}: {done} updates{' until it stopped' if stopped else ''}, last losses {losses[-1].mean():.4g}{found}, "
+          f"{time.perf_counter() - began:.1f} s", flush=True)
+    return Fit(best, done, stopped, errors)
 
 
 def count_parameters(models: PyTree) -> int:
@@ -178,6 +232,66 @@ def integrate(velocity: Callable, cells: Float[Array, "*N D"], tolerance: float 
     return solution.ys[-1]
 
 
+# ---------------------------------------------------------------------------------------------------------- validation
+
+MOST_COPIES, MOST_CONDITIONS, CELLS = 3, 32, 100  # what validation may cost: left-out copies, conditions, cells of each
+
+
+class LeftOut(NamedTuple):
+    """A condition that one copy of the networks is not trained on."""
+    copy: int
+    system: int
+    treatment: Float[np.ndarray, "D"]
+    controls: Float[np.ndarray, "N D"]
+    treated: Float[np.ndarray, "n D"]
+
+
+def some(items: list, most: int) -> list:
+    """At most so many of the items, evenly spread."""
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def copies(screen: Screen) -> list[Screen]:
+    """What each copy of the networks is trained on; the last is the screen itself."""
+    folds = tasks.folds(screen)
+    if folds and folds[0] is screen:
+        return [screen]  # it has VALIDATION conditions of its own
+    return some(folds, MOST_COPIES) + [screen]
+
+
+def validation_conditions(screens: list[Screen]) -> list[LeftOut]:
+    """The VALIDATION conditions of every copy, or some of them; always the same cells."""
+    rng, found = scales.generator("validation", 0), []
+    for number, screen in enumerate(screens):
+        for s, t in np.argwhere((screen.split == VALIDATION) & (screen.count > 0)).tolist():
+            found.append((number, s, t))
+    conditions = []
+    for number, s, t in some(found, MOST_CONDITIONS):
+        screen = screens[number]
+        controls = screen.pool(s, CONTROL)
+        controls = controls[tasks.draw(rng, len(controls), CELLS)]
+        conditions.append(LeftOut(number, s, screen.treatments[s, t], controls, screen.pool(s, t)))
+    return conditions
+
+
+def side_by_side_networks(networks: list[tuple]) -> tuple:
+    """C tuples of networks -> one, whose arrays have an axis C."""
+    static = eqx.partition(networks[0], eqx.is_array)[1]
+    arrays = [eqx.filter(each, eqx.is_array) for each in networks]
+    return eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), static)
+
+
+def copy_of(networks: tuple, number: int) -> tuple:
+    """One copy of the networks."""
+    arrays, static = eqx.partition(networks, eqx.is_array)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf[number], arrays), static)
+
+
+# --------------------------------------------------------------------------------------------------- a trained baseline
+
+
 class Trained:
     """A trained baseline. A subclass has its Options, what is listed below, and three static methods, compiled once:
 
@@ -194,27 +308,56 @@ class Trained:
     grid: dict[str, tuple] = {}  # what --search tries (Table 7)
 
     def __init__(self, screen: Screen, rng: np.random.Generator, options):
-        """Fit to the known conditions. Raises BadInput if there is none, or if the loss is no longer finite."""
+        """Fit to the known conditions, for as long as validation conditions ask for (`fit`).
+
+        Raises BadInput if there is nothing to fit to, or if the loss is no longer finite.
+        """
         self.options, self.lowest = options, lowest_value(screen)
-        data = training_cells(screen, self.controls_too)
-        random = options.unseen == "random"
-        self.known_genes = seen_genes(screen) | random  # D
-        self.known_systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system)) | random  # S
         key_build, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
-        level = jnp.nanmean(data.cells, axis=0)
-        networks = self.build(options, level, len(screen.systems), screen.log_expression, key=key_build)
-        self.parameters = count_parameters(networks)
+        screens = [screen]
+        if options.patience:
+            screens = copies(screen)
+        each, networks = [], []
+        self.known = []  # of each copy: genes that it was told of, and systems
+        for one in screens:
+            data = training_cells(one, self.controls_too)
+            each.append(data)
+            level = jnp.nanmean(data.cells, axis=0)
+            networks.append(self.build(options, level, len(screen.systems), screen.log_expression, key=key_build))
+            systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system))
+            random = options.unseen == "random"
+            self.known.append((seen_genes(one) | random, systems | random))
+        self.known_genes, self.known_systems = self.known[-1]  # D, S
+        self.parameters = count_parameters(networks[-1])
+        left_out = validation_conditions(screens) if options.patience else []
+
+        def validate(networks: PyTree) -> float:
+            """Mean RMSE of means (eq. 11) of the conditions that were left out, each by the copy that never saw it."""
+            errors = []
+            for v in left_out:
+                cells = self._moved(copy_of(networks, v.copy), *self.known[v.copy], v.controls, v.system, v.treatment, key_fit)
+                errors.append(metrics.rmse(v.treated, cells))
+            return float(np.mean(errors))
+
         optimisers, step = self.make_step(options)
+        networks = side_by_side_networks(networks)
         states = []
         for optimiser, network in zip(optimisers, networks):
-            states.append(optimiser.init(eqx.filter(network, eqx.is_inexact_array)))
-        state = networks, tuple(states)
-        self.networks, _ = fit(type(self).__name__, step, state, data, options.updates, key=key_fit)
+            states.append(eqx.filter_vmap(optimiser.init)(eqx.filter(network, eqx.is_inexact_array)))
+        found = fit(type(self).__name__, step, (networks, tuple(states)), side_by_side(each), options,
+                    validate if left_out else None, key=key_fit)
+        self.networks = copy_of(found.networks, -1)
+        self.updates, self.stopped, self.validation = found.updates, found.stopped, found.validation
+
+    def _moved(self, networks, genes, systems, controls, system, treatment, key) -> Float[np.ndarray, "N D"]:
+        """As `predict`, with given networks that know of given genes and systems."""
+        one_hot = (np.arange(len(systems)) == system) & systems
+        arrays = [jnp.asarray(x, jnp.float32) for x in (controls, treatment * genes, one_hot)]
+        cells = self.carry(networks, self.options, *arrays, key=key)
+        return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)
 
     def predict(self, controls: Float[np.ndarray, "N D"], system: int, treatment: Float[np.ndarray, "D"],
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """One cell for each control cell, on log-expression data no lower than 0."""
-        one_hot = (np.arange(len(self.known_systems)) == system) & self.known_systems
-        arrays = [jnp.asarray(x, jnp.float32) for x in (controls, treatment * self.known_genes, one_hot)]
-        cells = self.carry(self.networks, self.options, *arrays, key=jr.key(int(rng.integers(2**31))))
-        return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)
+        key = jr.key(int(rng.integers(2**31)))
+        return self._moved(self.networks, self.known_genes, self.known_systems, controls, system, treatment, key)

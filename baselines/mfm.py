@@ -35,16 +35,16 @@ from model import time_features
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(fitting.Length):
     """Hyperparameters; the defaults are the method's own, or chosen here where no source states one."""
-    neighbours: int = 10         # K of the graph, of {0, 10, 50, 100}; 0: a cell sees itself only (Table 7)
+    neighbours: int = 50         # K of the graph (released code), of {0, 10, 50, 100}; 0: a cell sees itself only (Table 7)
     embedding: int = 64          # E, of {64, 128, 256} (Table 7)
     width: int = 512             # of the velocity network (MFM)
     layers: int = 7              # of the velocity network, without the last linear one (MFM)
     features: int = 128          # of time, and frequencies F of x (MFM)
-    updates: int = 50_000        # of each network (chosen here: as many as MapPFN's micro-batches, A.2)
-    batch: int = 200             # cells n per condition: a population of the evaluation (B.3)
-    conditions: int = 1          # conditions whose gradients are averaged (chosen here)
+    updates: int = 50_000        # of each network, at most (released code; 25,000 on linear SCMs) [D37]
+    batch: int = 200             # cells n per condition (released code; 500 on linear SCMs)
+    conditions: int = 10         # conditions whose gradients are averaged (released code)
     learning_rate: float = 1e-4  # of both Adams (MFM)
     tolerance: float = 1e-4      # relative and absolute, of the ODE solver (MFM)
     unseen: str = "zero"         # one-hot of what was never trained on: "zero", or "random" as initialised [D35]
@@ -140,6 +140,14 @@ def flow_loss(flow: Flow, encoder: Encoder, batches: fitting.Batch, keys: Key[Ar
     return encoder_loss(encoder, flow, batches, keys)
 
 
+def draw(data: fitting.Cells, options: Options, *,
+         key: PRNGKeyArray) -> tuple[fitting.Batch, Key[Array, "B"]]:
+    """B conditions, and a key for each of them."""
+    key_draw, key_time = jr.split(key)
+    batches = fitting.draw_many(data, options.batch, options.conditions, key=key_draw)
+    return batches, jr.split(key_time, options.conditions)
+
+
 class MFM(fitting.Trained):
     """Meta flow matching. A population of fewer than K + 1 cells is a complete graph."""
 
@@ -164,18 +172,18 @@ class MFM(fitting.Trained):
     def make_step(options):
         """Alternate: one update of the flow with the encoder held, then one of the encoder with the flow held.
 
-        [D37] paper: silent; MFM: two optimisers in turn; here: in turn on every batch, because how often to change
-        over is not stated.
+        [D37] paper: silent; released code: likewise, and its 50,000 (linear SCMs) or 100,000 steps count both; here:
+        `updates` counts pairs of them, so that there are half as many.
         """
         adam = optax.adam(options.learning_rate)
 
         def step(state, data, i, key):
             (encoder, flow), (encoder_adam, flow_adam) = state
-            key_draw, key_time = jr.split(key)
-            batches = fitting.draw_many(data, options.batch, options.conditions, key=key_draw)
-            keys = jr.split(key_time, options.conditions)
+            key_flow, key_encoder = jr.split(key)
+            batches, keys = draw(data, options, key=key_flow)
             value, gradient = eqx.filter_value_and_grad(flow_loss)(flow, encoder, batches, keys)
             flow, flow_adam = fitting.update(adam, gradient, flow, flow_adam)
+            batches, keys = draw(data, options, key=key_encoder)
             gradient = eqx.filter_grad(encoder_loss)(encoder, flow, batches, keys)
             encoder, encoder_adam = fitting.update(adam, gradient, encoder, encoder_adam)
             return ((encoder, flow), (encoder_adam, flow_adam)), value

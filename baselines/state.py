@@ -30,7 +30,7 @@ from baselines import fitting
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(fitting.Length):
     """Hyperparameters of STATE.
 
     [D46] paper: "published reference configurations", not stated; here: sizes close to MapPFN's own (A.1).
@@ -39,7 +39,7 @@ class Options:
     depth: int = 4                          # blocks [D46]
     heads: int = 4                          # H [D46]
     sets: int = 16                          # B of an update (reference configuration)
-    updates: int = 40_000                   # [D46]
+    updates: int = 40_000                   # at most [D46]
     batch: int = 200                        # cells n of a set: as many as are compared (B.3)
     learning_rate: float = 1e-4             # Adam (reference configuration)
     clip: float = 10.0                      # largest global gradient norm (reference configuration)

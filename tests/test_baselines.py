@@ -8,8 +8,12 @@ import functools
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
+from conftest import write_linear
 
 import baselines
 import metrics
@@ -217,12 +221,82 @@ def test_what_cannot_be_fitted_is_bad_input():
         fit("condot", make_screen(level=np.float32(1e30)))
 
 
+# ------------------------------------------------------------------------------------------------- how long they train
+
+
+def counting_step(state, data, i, key):
+    """A step that only counts."""
+    (network,), more = state
+    return ((network + 1,), more), jnp.zeros(())
+
+
+@pytest.mark.parametrize("most, updates, best, stopped", [(1000, 250, 150, True), (200, 200, 150, False),
+                                                          (100, 100, 100, False)])
+def test_training_stops_when_validation_does(most, updates, best, stopped):
+    """It ends when the error has had no new best for `patience` validations, or with the last update, and the networks
+    are those of the best validation, not the last."""
+    data = fitting.side_by_side([fitting.training_cells(make_screen())])
+    start = (jnp.zeros(1),), ()
+    length = fitting.Length(updates=most, validate_every=50, patience=2)
+    found = fitting.fit("Counter", counting_step, start, data, length, lambda n: abs(float(n[0][0]) - 150),
+                        key=jr.key(0))
+    assert float(found.networks[0][0]) == best and (found.updates, found.stopped) == (updates, stopped)
+    assert found.validation == {done: abs(done - 150) for done in range(50, updates + 1, 50)}
+
+
+def test_a_copy_never_draws_what_it_leaves_out():
+    """Of a screen without validation conditions each copy of the networks leaves out another training condition, and
+    draws all others; the last copy draws all. A screen with validation conditions has one copy."""
+    screen = make_screen()
+    screens = fitting.copies(screen)
+    data = fitting.side_by_side([fitting.training_cells(one) for one in screens])
+    drawn = jax.jit(jax.vmap(lambda data: fitting.draw_many(data, 2, 1000, key=jr.key(0))))(data)
+    assert np.isfinite(drawn.treated).all() and np.isfinite(drawn.controls).all()
+    everything = {(s, t) for s, t in np.argwhere(simple.known_conditions(screen)) if t}
+    left_out = set()
+    for number, one in enumerate(screens):
+        seen = set(zip(np.asarray(drawn.system[number]), 1 + np.asarray(drawn.treatment[number]).argmax(1)))
+        left_out |= everything - seen
+        assert seen == {(s, t) for s, t in everything if one.split[s, t] != VALIDATION}
+    assert len(screens) == 1 + fitting.MOST_COPIES == 1 + len(left_out) and screens[-1] is screen
+    assert {v.copy for v in fitting.validation_conditions(screens)} == set(range(fitting.MOST_COPIES))
+    validated = with_split(screen, TEST, VALIDATION)
+    assert fitting.copies(validated) == [validated]
+
+
+def test_how_long_to_train_is_told_by_validation_conditions_only():
+    """With other cells in the test conditions a fit ends after as many updates, at the same errors, with the same
+    networks; with other cells in a condition that a copy leaves out, it does not."""
+    screen, changes = make_screen(), {"patience": 1, "validate_every": 50, "updates": 150}
+    left_out = fitting.copies(screen)[0].split == VALIDATION
+    fits = [fit("mfm", one, **changes) for one in (screen, hidden(screen, TEST))]
+    one, again = fits
+    assert one.validation == again.validation and one.updates == again.updates
+    assert np.array_equal(moved_by(one, 1), moved_by(again, 1))
+    (s, t), = np.argwhere(left_out).tolist()
+    screen.pool(s, t)[:] += 5
+    assert fit("mfm", screen, **changes).validation != one.validation
+
+
+def test_all_methods_are_given_the_same_graphs(tmp_path):
+    """On linear SCMs baselines are trained on every condition that MapPFN is, and on the known half of held-out
+    graphs."""
+    write_linear(tmp_path)
+    screen = tasks.load_screen(tmp_path / "split-0")
+    data = fitting.training_cells(screen)
+    found = set(np.asarray(data.start).tolist())
+    assert len(found) == len(data.start) == int(data.known)
+    assert found == set(screen.start[:, 1:][np.isin(screen.split[:, 1:], tasks.KNOWN)].tolist())
+    assert (screen.split[:, 1:] == TRAIN).any(axis=1).sum() == 16
+
+
 # --------------------------------------------------------------------------------------- what all trained methods share
 
 OPTIONS = {  # small; one for all fits, so that each step is compiled once
     "cpa": cpa.Options(width=32, latent=4, adversary_width=16, updates=800, batch=64, learning_rate=5e-3,
                        embedding_gain=10.0),
-    "condot": condot.Options(updates=600, batch=32, learning_rate=3e-3, inner=5, hidden=16),
+    "condot": condot.Options(updates=600, batch=32, learning_rate=3e-3, inner=5, hidden=16, layers=2,
+                             identity_init=True),
     "mfm": mfm.Options(neighbours=3, embedding=8, width=32, layers=3, features=8, updates=300, batch=16, conditions=4,
                        learning_rate=5e-3),
     "cellflow": cellflow.Options(embedding=8, width=32, layers=2, updates=300, batch=16, conditions=4,
@@ -235,9 +309,13 @@ METHODS = list(OPTIONS)
 def fit(row, screen, seed=0, updates=None, **changes):
     """A fitted method; another number of updates by the back door, because other options would compile again."""
     options, run = dataclasses.replace(OPTIONS[row], **changes), fitting.fit
+
+    def shorter(name, step, state, data, length, *more, key):
+        return run(name, step, state, data, dataclasses.replace(length, updates=updates), *more, key=key)
+
     with pytest.MonkeyPatch.context() as patch:
         if updates is not None:
-            patch.setattr(fitting, "fit", lambda *inputs, key: run(*inputs[:-1], updates, key=key))
+            patch.setattr(fitting, "fit", shorter)
         return baselines.trained_class(row)(screen, np.random.default_rng(seed), options)
 
 
@@ -342,10 +420,13 @@ def test_awkward_screens(row, systems):
 
 def test_the_lists_of_rows():
     """The table of scales changes nothing at paper scale, so that no default has two values; what it changes exists.
+    Only linear SCMs have numbers of updates of their own there (released code).
     Methods made for expression are left out on other data, as in Table 2."""
     for row, options in OPTIONS.items():
-        assert baselines.options_of(row, "paper") == type(options)()
-        assert baselines.options_of(row, "smoke") != baselines.options_of(row, "laptop")
+        assert baselines.options_of(row, "paper", "real") == type(options)()
+        assert baselines.options_of(row, "smoke", "real") != baselines.options_of(row, "laptop", "real")
+    steps = [baselines.options_of("mfm", "paper", section).updates for section in ("linear", "real")]
+    assert steps == [25_000, 50_000]  # of each network: half of the released code's
     expression, other = (baselines.default_rows(make_screen(log_expression=flag)) for flag in (True, False))
     assert set(expression) - set(other) == {"cpa", "cellflow", "state"}
     assert set(expression) == {*baselines.METHODS, *baselines.REFERENCES, *baselines.TRAINED}
@@ -392,19 +473,24 @@ def test_stage_writes_every_row_once(stage, capsys):
 
 
 def test_trained_rows_have_a_label_for_each_seed(stage, monkeypatch):
-    """Several seeds are several rows, fitted with other random numbers; a simple row is written once."""
+    """Each seed is a row of its own, fitted with other random numbers; more seeds leave the files of the first alone;
+    a simple row is written once. The file says how long the fit was and to what."""
     drawn = []
 
     class Fake(simple.Identity):
-        conditions_on, parameters = ("treatment",), 3
+        conditions_on, parameters, updates, stopped, validation = ("treatment",), 3, 50, True, {50: 0.5}
 
         def __init__(self, screen, rng, options=None):
             drawn.append(rng.integers(2**31))
 
     monkeypatch.setattr(baselines, "make", lambda row, scale, screen, rng: Fake(screen, rng))
+    first, _ = stage("--methods", "identity", "condot")
+    meta, stamp = metrics.load_predictions(first).meta, first.stat().st_mtime_ns
+    assert (meta["row"], meta["trained_seed"], meta["updates"], meta["stopped"]) == ("condot-seed0", 0, 50, True)
+    assert meta["fitted_to"] == 13  # 5 treatments in each of two systems and 4 in the third, less the validation one
     names = [file.stem for file in stage("--methods", "identity", "condot", "--seeds", "2")]
     assert names == ["condot-seed0-split0-draw0", "condot-seed1-split0-draw0", "identity-split0-draw0"]
-    assert len(set(drawn)) == 3
+    assert len(set(drawn)) == 3 and first.stat().st_mtime_ns == stamp
 
 
 def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
@@ -426,14 +512,24 @@ def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
         stage("--methods", "cpa", "--search")
 
 
-def test_a_screen_without_validation_conditions_gets_one_of_each_system():
-    """One training treatment of each system that has two is held back, only if there is no validation yet."""
-    screen, rng = make_screen(), np.random.default_rng(0)
-    split = baselines.validation_screen(screen, rng).split
-    assert list((split == VALIDATION).sum(1)) == [1, 1, 0] and not (split[:, 0] == VALIDATION).any()
-    assert np.array_equal(split[screen.split != TRAIN], screen.split[screen.split != TRAIN])
-    validated = dataclasses.replace(screen, split=split)
-    assert baselines.validation_screen(validated, rng) is validated
+def test_search_leaves_out_every_training_condition(monkeypatch, tmp_path):
+    """On a screen without validation conditions a setting is fitted once without each training condition, and its error
+    is the mean over them."""
+    screen, left_out = make_screen(), []
+
+    class Shift(simple.Identity):
+        def predict(self, controls, system, treatment, rng):
+            left_out.append((system, 1 + treatment.argmax()))
+            return controls
+
+    def make(row, scale, fold, rng, **options):
+        assert (fold.split == VALIDATION).sum() == 1
+        return Shift(fold, rng)
+
+    monkeypatch.setattr(baselines, "make", make)
+    baselines.search(baselines.Settings("made-up", "smoke", out=tmp_path), "condot", screen)
+    expected = np.argwhere(screen.split[:, 1:] == TRAIN) + [0, 1]
+    assert left_out == [tuple(pair) for pair in expected.tolist()] * 9
 
 
 @pytest.mark.parametrize("arguments, message", [

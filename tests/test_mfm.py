@@ -82,11 +82,11 @@ def test_one_network_at_a_time():
     ((new_encoder, new_flow), _), loss = eqx.filter_jit(step)((networks, states), data, jnp.asarray(0), key)
     assert np.isfinite(loss)
 
-    key_draw, key_time = jr.split(key)
-    batches = jax.jit(lambda key: fitting.draw_many(data, SMALL.batch, SMALL.conditions, key=key))(key_draw)
-    keys = jr.split(key_time, SMALL.conditions)
+    draw = jax.jit(lambda key: mfm.draw(data, SMALL, key=key))
+    key_flow, key_encoder = jr.split(key)
 
     def by_hand(loss, model, other, state):
+        batches, keys = draw(key_flow if model is flow else key_encoder)
         gradient = eqx.filter_jit(eqx.filter_grad(loss))(model, other, batches, keys)
         return eqx.apply_updates(model, optax.adam(SMALL.learning_rate).update(gradient, state)[0])
 
