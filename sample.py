@@ -52,6 +52,7 @@ class Settings(EvaluationSettings):
     steps: int = 25  # Dopri5 steps of the flow [D9]
 
 
+AT_ONCE = 16  # tasks that a GPU solves at a time: one alone leaves most of it idle
 CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: what tasks.Given holds
 
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
@@ -90,36 +91,45 @@ def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int,
 
 @eqx.filter_jit
 def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int, keys: Array) -> Array:
-    """`flow` of as many tasks as there are devices, one on each."""
+    """`flow` of some tasks, as many on each device."""
     parameters, static = eqx.partition(network, eqx.is_array)
     mesh, share = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), share), out_specs=share, check_vma=False)
     def each(parameters, mine):
-        given, key = jax.tree.map(lambda x: x[0], mine)
         network = eqx.combine(parameters, static)
-        return flow(network, given, guidance, steps, cells, key=key)[None]
+
+        def one(given, key):
+            return flow(network, given, guidance, steps, cells, key=key)
+
+        if len(mine[1]) == 1:  # as below, without an axis of one, which is faster on a CPU
+            given, key = jax.tree.map(lambda x: x[0], mine)
+            return one(given, key)[None]
+        return jax.vmap(one)(*mine)
 
     return each(parameters, (given, keys))
 
 
-def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: int = 25, cells: int | None = None, *,
-             key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
+def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: int = 25, cells: int | None = None,
+             at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
     """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
 
     A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
+    Each device solves `at_once` tasks at a time; by default AT_ONCE on a GPU, and one on a CPU's core.
     """
     if steps < 1:
         raise BadInput(f"--steps {steps}: expected at least 1")
-    count, devices = len(given.query), jax.device_count()
+    if at_once is None:
+        at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
+    count, together = len(given.query), at_once * jax.device_count()
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(np.arange(count))
     omega = float(guidance)
     if omega != 1:
         omega = jnp.asarray(omega, jnp.float32)  # an array, so that another weight compiles nothing
     found = []
-    for first in range(0, count, devices):
+    for first in range(0, count, together):
         # Always as many tasks at a time, the last one again if need be, so that another P compiles nothing.
-        turn = np.minimum(np.arange(first, first + devices), count - 1)
+        turn = np.minimum(np.arange(first, first + together), count - 1)
         some = Given(*(field[turn] for field in given))
         found.append(flows(network, some, omega, steps, cells or given.controls.shape[1], keys[turn]))
     return np.concatenate(found)[:count]
@@ -141,9 +151,12 @@ GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
 def guidance_of(s, file: Path) -> float:
     """The weight with the lowest RMSE (equation 11) on validation tasks of the model's own screen, never on test ones.
 
-    It is kept in `guidance.json` beside the model. A screen too small for validation conditions leaves a fine-tuned
-    model with the weight of the model that it came from, and one that was never pre-trained with 2 (A.4).
+    It is kept in `guidance.json` beside the model. On a screen too small for validation conditions, `choose.py` has
+    chosen it before the training [D55], and the model's header has it; if not even that, it is 2 (A.4).
     """
+    head, network = model.load_model(file)
+    if head["guidance"] is not None:
+        return head["guidance"]
     record, weights = file.with_name("guidance.json"), model.checksum(file)
     if record.is_file():
         try:
@@ -152,15 +165,9 @@ def guidance_of(s, file: Path) -> float:
                 return float(found["guidance"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{record}: damaged; delete it, and the weight is chosen again") from None
-    head, network = model.load_model(file)
     screen = tasks.load_screen(s.out / s.scale / "screens" / head["screen"] / file.parent.name)
     errors = validation_errors(s, head, network, screen)
-    if errors:
-        best = min(errors, key=errors.get)
-    elif head["init"]:
-        best = guidance_of(s, model.model_file(s, head["init"], head["screen"], tasks.split_number(file.parent)))
-    else:
-        best = 2.0
+    best = min(errors, key=errors.get) if errors else 2.0
     about = {"guidance": best, "validation_rmse": errors, "weights": weights, "revision": scales.revision()}
     with scales.atomic(record) as temporary:
         temporary.write_text(json.dumps(about))
@@ -273,6 +280,13 @@ def jobs(s: Settings) -> list[Job]:
     return found
 
 
+def fitted_to(s: Settings, head: dict, screen: Screen) -> int:
+    """Conditions of this split that the model was trained on; none of a screen that it has never seen."""
+    if head["screen"] != s.screen:
+        return 0
+    return int((screen.split[:, 1:] == tasks.TRAIN).sum())
+
+
 def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     """The cells of all test conditions of one split and draw, with all that tells where they come from."""
     started, screen = time.perf_counter(), job.screen
@@ -291,6 +305,7 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
             "split": job.split, "draw": job.draw, "seed": s.seed, "scale": s.scale, "revision": scales.revision(),
             "settings": settings, "fingerprint": screen.made["fingerprint"], "genes": screen.genes, "model": job.run,
             "guidance": guidance, "clipped_fraction": clipped, "training": training, "conditions_on": CONDITIONS_ON,
+            "trained_seed": head["seed"] % train.SPLIT_SEEDS, "fitted_to": fitted_to(s, head, screen),
             "seconds": round(time.perf_counter() - started, 1)}
     controls = evaluation.given.controls
     names = np.array(screen.systems)[evaluation.system]
