@@ -238,8 +238,8 @@ def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | Non
 
 
 def make_validation(s: Settings, static: PyTree) -> Callable[[State, Task | None], float]:
-    """Loss of the EMA weights on tasks, NaN if there are none, always with the same times and noise, and never without condition. It
-    computes, and changes nothing.
+    """Loss of the EMA weights on tasks, NaN if there are none, always with the same times and noise, and never without
+    condition. It computes, and changes nothing.
 
     [D7] paper: silent; released code: a validation batch goes through the training step and so updates weights, also on
     the real cells that zero-shot results are reported on; here it is a function of the state that returns a number.
@@ -361,6 +361,8 @@ def check(s: Settings) -> None:
     """Raise BadInput for a setting that cannot be used, before any work."""
     scales.check_least(s, {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0,
                            "log_every": 1, "validate_every": 1, "snapshots": 0, "learning_rate": 1e-12, "clip": 1e-12})
+    if s.seed >= SPLIT_SEEDS:
+        raise BadInput(f"--seed {s.seed}: expected less than {SPLIT_SEEDS}")
     for name in ("warmup", "decay", "drop_condition"):
         if not 0 <= getattr(s, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
@@ -445,6 +447,8 @@ def main() -> None:
     if share > 0:
         use_all_cores(share)
     check(s)
+    if s.rates and jax.process_count() > 1:
+        raise BadInput("--rates: one process chooses; give several the --learning-rate and --updates that it chose")
     compiled = {}  # updates of runs that differ in nothing but their data
     for path in tasks.splits(s):
         screen, split = tasks.load_screen(path), tasks.split_number(path)

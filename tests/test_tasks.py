@@ -81,6 +81,22 @@ def test_draws_are_uniform_without_replacement_and_afresh():
     assert target.shape == (10, 20, 3) and (conditions_of(screen, given.controls) == CONTROL).all()
 
 
+def test_tasks_with_generators_of_their_own():
+    """[D52] A task with its own generator is the same in any company. Permuted, it is itself with other columns: in
+    cells and treatments the same ones, so that a treatment still points to its gene."""
+    screen = make_screen()
+    both, last = ([rng(seed) for seed in seeds] for seeds in ((0, 1), (1,)))
+    both, last = (sample_tasks(generators, screen, len(generators), 5, 2) for generators in (both, last))
+    np.testing.assert_array_equal(both.target[1:], last.target)
+    np.testing.assert_array_equal(both.given.context[1:], last.given.context)
+    coloured = dataclasses.replace(screen, cells=screen.cells * np.arange(1, 7, dtype=np.float32))
+    plain, permuted = (sample_tasks([rng(1)], coloured, 1, 5, 2, permute=on) for on in (False, True))
+    order = np.argmax(plain.target[0, 0][:, None] == permuted.target[0, 0], axis=0)
+    assert sorted(order) == list(range(6)) != order.tolist()
+    for before, after in zip((*plain.given, plain.target), (*permuted.given, permuted.target)):
+        np.testing.assert_array_equal(before[..., order], after)
+
+
 @pytest.mark.parametrize("split, most", [(TRAIN, 2), (TEST, 3), (VALIDATION, 3)])
 def test_too_many_context_experiments(split, most):
     """A K that some query cannot have is refused, naming system and number; the largest possible K is not, nor 0."""

@@ -2,15 +2,8 @@
 
 import csv
 import dataclasses
-import importlib
 import json
-import os
-import re
-import shlex
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -20,22 +13,16 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-import tyro
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import devices
 import model
 import scales
 import tasks
 import train
-from conftest import write_linear
 from scales import BadInput
 from tasks import TEST, TRAIN, VALIDATION, Given, Task
 from train import Settings, State
-
-ROOT = Path(__file__).parents[1]
-
 
 class Told(eqx.Module):
     """A network that returns `say(y_tau, tau, drop)`, to see what a loss hands to it."""
@@ -291,7 +278,8 @@ def test_validation_changes_nothing(trained, beginning):
     state, *_ = run_update(trained.update, state, micro_batches(random_tasks(0, 8), 1))
     state = jax.tree.map(jnp.asarray, state)
     before = jax.tree.map(np.array, state)
-    validate, held_out = train.make_validation(trained.settings, static), train.validation_tasks(trained.settings, trained.screen)
+    s = trained.settings
+    validate, held_out = train.make_validation(s, static), train.validation_tasks(s, trained.screen)
     assert validate(state, held_out) == validate(state, held_out) > 0
     assert jax.tree.all(jax.tree.map(np.array_equal, before, state))
 
@@ -405,66 +393,6 @@ def test_unusable_settings_are_refused(like, changed):
     (name, value), = changed.items()
     with pytest.raises(BadInput, match=name.replace("_", "-") if isinstance(value, (int, float)) else value):
         train.check(like(**changed))
-
-
-@pytest.mark.parametrize("variables, words, known", [
-    ({}, {}, None),
-    ({"SLURM_NTASKS": "8"}, {}, None),  # of a batch script, which srun has not multiplied
-    ({"SLURM_STEP_NUM_TASKS": "8"}, {}, {}),
-    ({"OMPI_COMM_WORLD_SIZE": "8"}, {}, {}),
-    ({"SLURM_STEP_NUM_TASKS": "8"}, {"coordinator": "node1:4000", "processes": 8, "process": 7},
-     {"coordinator_address": "node1:4000", "num_processes": 8, "process_id": 7, "cluster_detection_method": "deactivate"})])
-def test_processes_are_told_of_each_other(like, monkeypatch, variables, words, known):
-    """srun and mpirun let JAX find out who is who, --coordinator tells it, and one process asks nobody."""
-    for name in ("SLURM_NTASKS", *devices.LAUNCHERS):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    told = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **what: told.append(what))
-    assert devices.join(like(**words)) == (1 if known is None else 8)
-    assert told == ([] if known is None else [known | {"initialization_timeout": devices.PATIENCE}])
-
-
-@pytest.mark.parametrize("words, message", [
-    ({"coordinator": "node1:4000", "processes": 2, "process": 2}, "--process 2"),
-    ({"coordinator": "node1", "processes": 2}, "--coordinator node1 .*host:port"), ({"processes": 2}, "--coordinator")])
-def test_processes_that_cannot_meet_say_so(like, words, message):
-    """A number that is none of theirs, or no place to meet, ends in one line and not in waiting."""
-    with pytest.raises(BadInput, match=message):
-        devices.join(like(**words))
-
-
-def test_two_processes_are_one(tmp_path):
-    """Two processes of one device each, which meet on the loopback, train the model of one process with two devices:
-    the same batches, the mean of the same gradients, and one writer."""
-    write_linear(tmp_path / "smoke" / "screens" / "dags", systems=8, genes=4)
-    small = "--width 8 --heads 1 --depth 1 --registers 1 --micro-batch 2 --accumulate 2 --updates 3 --log-every 1"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meet = f"--coordinator localhost:{free.getsockname()[1]} --processes 2 --process"
-    running, environment = [], os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    for words in (f"--name two {meet} 0", f"--name two {meet} 1", "--name one"):
-        command = f"train.py --screen dags --scale smoke --out {tmp_path} {small} {words}"
-        running.append(subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    told = [process.communicate(timeout=240) for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], told
-    assert "2 x cpu" in told[0][0] and not told[1][0]  # only the first of them prints
-    folders = [tmp_path / "smoke" / "train" / name / "split-0" for name in ("one", "two")]
-    one, two = (jax.tree.leaves(eqx.filter(model.load_model(folder / "model.eqx")[1], eqx.is_array)) for folder in folders)
-    assert max(float(np.abs(a - b).max()) for a, b in zip(one, two)) < 1e-6
-    assert [row["loss"] for row in rows_of(folders[0])] == [row["loss"] for row in rows_of(folders[1])]
-
-
-def test_the_page_on_clusters_has_commands_that_can_be_given():
-    """Every `python ...` of CLUSTER.md is understood by its script, word by word, and the page is short."""
-    page = (ROOT / "CLUSTER.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python (\w+)\.py ([^\n`#]*)", page)
-    assert len(commands) > 8 and len(page.encode()) < 4000
-    for script, words in commands:
-        words = re.sub(r"\$\w+", "1", words)  # a variable of the shell: a number
-        tyro.cli(importlib.import_module(script).Settings, args=shlex.split(words))
 
 
 def test_a_run_that_cannot_succeed_says_so(like, trained, tmp_path):
