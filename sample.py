@@ -121,7 +121,10 @@ def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: in
         raise BadInput(f"--steps {steps}: expected at least 1")
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
-    count, together = len(given.query), at_once * jax.device_count()
+    count, devices = len(given.query), jax.device_count()
+    while at_once > 1 and at_once * devices >= 2 * count:  # there are not so many: half would be for nothing
+        at_once //= 2
+    together = at_once * devices
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(np.arange(count))
     omega = float(guidance)
     if omega != 1:

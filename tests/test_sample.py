@@ -122,6 +122,20 @@ def test_many_tasks_at_a_time(network, given):
     assert np.array_equal(generate(3, 5)[:4], many) and sample.flows._cached._cache_size() == compiled
 
 
+@pytest.mark.parametrize("count, turns", [(1, [2]), (4, [4]), (9, [16]), (40, [32, 32])])
+def test_no_more_at_a_time_than_there_are(network, given, monkeypatch, count, turns):
+    """Of 16 tasks on each of two devices less than half are repeats of the last one, but for the last turn of many."""
+    asked = []
+
+    def flows(network, given, guidance, steps, cells, keys):
+        asked.append(len(keys))
+        return np.zeros((len(keys), cells, GENES), np.float32)
+
+    monkeypatch.setattr(sample, "flows", flows)
+    some = Given(*(field[np.arange(count) % 4] for field in given))
+    assert sample.generate(network, some, at_once=16, key=jr.key(0)).shape == (count, CELLS, GENES) and asked == turns
+
+
 def test_as_many_cells_as_asked_for(given):
     """`cells` asks for more than the populations have; a velocity of zero leaves the noise, which is N(0, I)."""
     still = Velocity(lambda y, tau, given, drop: 0 * y)
