@@ -99,7 +99,7 @@ def test_products_round_factors_and_not_sums(precision, rounded):
 
 
 def test_each_machine_has_its_attention(monkeypatch):
-    """`auto` is the loop on a CPU; on a GPU cuDNN's if it has one and numbers may be rounded, otherwise the plain one."""
+    """`auto` is the loop on a CPU; on a GPU cuDNN's if it can and numbers may be rounded, else the plain one."""
     assert attention.chosen("auto", "bfloat16", 64) == "looped" and attention.chosen("cudnn", "auto", 64) == "cudnn"
     assert not attention.has_flash(64)  # on a CPU
 

@@ -96,7 +96,7 @@ def test_twenty_five_steps_are_enough(network, given):
 
 
 def test_each_task_is_on_its_own(network, given):
-    """A task's cells do not depend on the other tasks, nor on how many there are to share the devices. The same key gives
+    """A task's cells do not depend on the other tasks, nor on how many share the devices. The same key gives
     the same cells; another key, or another place in the list, gives others."""
     def generate(pick, seed=0):
         return sample.generate(network, Given(*map(pick, given)), 2.0, 10, key=jr.key(seed))
