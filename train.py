@@ -1,6 +1,6 @@
 """Stage 4 of 8, training: conditional flow matching on the tasks of a screen, from random weights or from a model.
 
-Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuning). Departures: D1, D6, D7, D8.
+Paper: Algorithm 1, equation 3, appendices A.2 (pre-training) and A.3 (fine-tuning). Departures: D1, D6, D7, D8, D52.
 Reads `screens/<name>/` below out/<scale>, writes `train/<run>/split-<s>/model.eqx` (EMA weights behind a line of JSON)
 and `log.csv`; while it runs, `checkpoint.eqx` holds everything needed to go on from a stop. A screen of several splits
 gives a run for each.
@@ -10,6 +10,7 @@ gives a run for each.
     python train.py --screen leukemia --init grn --name leukemia-finetuned    fine-tuning: 5 s / 15 s / 10 min a split
     python train.py --screen leukemia --name leukemia-scratch                 the same from random initialisation
 (the times are for two CPU cores at smoke and laptop scale and, as the paper reports them, one 80 GB GPU at paper scale)
+Several GPUs or machines: CLUSTER.md.
 
     paper   name here   shape   meaning
     Y_0     noise       N D     starting point of the flow, N(0, I)
