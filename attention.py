@@ -38,8 +38,9 @@ def product(linear: eqx.nn.Linear, x: Float[Array, "n I"], precision: str) -> Fl
     """The linear layer, applied to each token.
 
     [D56] paper: silent; released code: bfloat16 in attention, float32 elsewhere; here, on a GPU: bfloat16 in all
-    products over tokens, which are most of the work and twice to eight times as fast. Parameters, sums, what is passed
-    from block to block, norms, softmax and losses stay in float32, and so does everything on a CPU.
+    products over tokens within the blocks, because they are nearly all of the work, and a GPU's peak rate in bfloat16
+    is at least twice that in float32. Parameters, what is passed from block to block, norms, softmax and losses stay in
+    float32, and so does everything on a CPU.
     """
     if not is_rounded(precision):
         return jax.vmap(linear)(x)
@@ -59,7 +60,7 @@ def rounded_einsum(subscripts: str, a: Float[Array, "..."], b: Float[Array, "...
 @rounded_einsum.defjvp
 def _rounded_einsum_jvp(subscripts, factors, tangents):
     # Left to itself JAX would multiply a float32 gradient by a bfloat16 factor, that is in float32. The backward pass
-    # is the transpose of these lines, so its products have factors in bfloat16 too.
+    # is the transpose of these lines: its factors are in bfloat16 too, and its results, once they are added up.
     a, b = (x.astype(jnp.bfloat16) for x in factors)
     d_a, d_b = (x.astype(jnp.bfloat16) for x in tangents)
     change = jnp.einsum(subscripts, d_a, b) + jnp.einsum(subscripts, a, d_b)
