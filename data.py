@@ -57,6 +57,7 @@ class Settings:
     log_transformed: bool = False  # the values are normalised and natural log1p already: skip both
     genes: int = 50  # genes D that are kept (B.3)
     min_cells: int = 200  # fewest cells of a usable condition (released code)
+    toy_treatments: int = 0  # of each system of the toy; 0: seven for every eight genes
     splits: int = 1  # number of random splits (B.4)
     seed: int = 0  # seed of the first split; the next ones count up
     data_dir: Path = Path("out/downloads")  # where downloads are kept
@@ -67,7 +68,7 @@ class Settings:
 
 ADDRESS = "https://scverse-exampledata.s3.eu-west-1.amazonaws.com/pertpy/"  # where pertpy downloads from
 DOWNLOADS = {  # file, and --treatment-col, --control and --system-col for it
-    "melanoma": ("frangieh_2021.h5ad", "perturbation", "control", "perturbation_2"),
+    "melanoma": ("frangieh_2021_rna.h5ad", "perturbation", "control", "perturbation_2"),  # scPerturb's (released code)
     "leukemia": ("papalexi_2021.h5mu", "gene_target", "NT", "none"),
 }
 TREATMENT_COLUMNS = ("perturbation", "gene_target", "target_gene", "condition", "gene")
@@ -137,7 +138,7 @@ def simulate_toy(settings: Settings):
     counts, obs = [], []
     for index, system in enumerate(("network A", "network B")):
         _, simulated = simulate_grn(0, genes, population, False, index)  # one toy for all seeds
-        for t in range(1 + settings.genes * 7 // 8):
+        for t in range(1 + (settings.toy_treatments or settings.genes * 7 // 8)):
             counts.append(simulated[t])
             obs += [(system, names[t])] * len(simulated[t])
     obs = pd.DataFrame(obs, map(str, range(len(obs))), ["cell_line", "perturbation"])
@@ -440,7 +441,7 @@ def load(settings: Settings):
 
 def check(settings: Settings) -> None:
     """Raise BadInput for settings that cannot be meant."""
-    scales.check_least(settings, {"genes": 2, "min_cells": 2, "splits": 1, "seed": 0})
+    scales.check_least(settings, {"genes": 2, "min_cells": 2, "splits": 1, "seed": 0, "toy_treatments": 0})
     if settings.dataset is None and settings.h5ad is None or settings.dataset == "toy" and settings.h5ad is not None:
         raise BadInput("say which data: either --dataset toy, melanoma or leukemia, or --h5ad FILE")
     if settings.h5ad is not None and not settings.h5ad.is_file():
@@ -457,6 +458,8 @@ def describe(settings: Settings, name: str) -> dict:
     given = {"source": source}
     for field in ("treatment_col", "control", "system_col", "holdout_system", "log_transformed", "genes", "min_cells"):
         given[field] = getattr(settings, field)
+    if settings.toy_treatments:
+        given["toy_treatments"] = settings.toy_treatments
     title = name
     if settings.dataset is not None:
         title = TITLES[settings.dataset] if settings.dataset == name else f"{name}: {TITLES[settings.dataset]}"

@@ -4,7 +4,8 @@
 large enough to learn; `paper` has the paper's own sizes and wants one 80 GB GPU. The paper's values are the defaults of
 the dataclass of settings at the head of each script; this table holds what the other two scales change, and nothing
 else. Any setting can be given on the command line: `python train.py --screen linear --scale laptop --width 128`.
-`python scales.py` prints the table.
+A fourth, `dry`, is `paper` with one or two of everything (DRY): it shows on any machine that the paper's shapes go
+through every stage. `python scales.py` prints the table.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-SCALES = ("smoke", "laptop", "paper")
+SCALES = ("smoke", "laptop", "paper")  # the columns of TABLE; and "dry"
 
 # Two numbers: smoke and laptop. A third is the paper's, where it is not the default of the dataclass, because the
 # paper has another value for this kind of data. A section fills those of its names that a script has a setting for.
@@ -104,7 +105,7 @@ TABLE = {
         "embedding_gain":        (10.0,    10.0),
         "updates":               (50,      6000),            # at most; `patience` ends it sooner [D54]
         "validate_every":        (50,       200),            # updates between two validations
-        "patience":              (1,            6),            # validations without a new best
+        "patience":              (1,          6),            # validations without a new best
         "batch":                 (32,       128),
         "learning_rate":         (2e-3,    2e-3),
         "adversary_learning_rate": (2e-3,  2e-3),
@@ -114,14 +115,14 @@ TABLE = {
         "layers":                (2,          2),
         "updates":               (50,      2000),
         "validate_every":        (50,        50),
-        "patience":              (1,            5),
+        "patience":              (1,          5),
         "batch":                 (32,        64),
         "learning_rate":         (1e-3,    1e-3),
     },
     "condot-linear": {         # linear SCMs
-        "updates":               (50,      4000,   50_000),  # (released code)
+        "updates":               (50,    10_000,   50_000),  # (released code)
         "batch":                 (32,        64,      500),  # (released code)
-        "validate_every":        (50,       200),
+        "validate_every":        (50,       400),
     },
     "mfm": {
         "neighbours":            (4,         10),
@@ -131,7 +132,7 @@ TABLE = {
         "features":              (8,         32),
         "updates":               (50,      6000),
         "validate_every":        (50,       100),
-        "patience":              (1,            6),
+        "patience":              (1,          6),
         "batch":                 (16,        32),
         "conditions":            (1,          4),
         "learning_rate":         (1e-3,    1e-3),
@@ -147,7 +148,7 @@ TABLE = {
         "layers":                (2,          2),
         "updates":               (50,      3000),
         "validate_every":        (50,        50),
-        "patience":              (1,            6),
+        "patience":              (1,          6),
         "batch":                 (16,        32),
         "conditions":            (2,          8),
         "learning_rate":         (1e-3,    1e-3),
@@ -159,21 +160,45 @@ TABLE = {
         "sets":                  (2,          8),
         "updates":               (50,      3000),
         "validate_every":        (50,       100),
-        "patience":              (1,            6),
+        "patience":              (1,          6),
         "batch":                 (16,        32),
         "learning_rate":         (1e-3,    1e-3),
     },
 }
 
+# What `dry` changes of `paper`: how many of everything, and no shape of a task, a cell or a network. Evaluations are few,
+# because one at the paper's size takes seconds on a CPU, and `costs.py` multiplies.
+DRY = {
+    "train": {"updates": 1, "micro_batch": 2, "accumulate": 1, "rates": ()},
+    "linear": {"systems": 2, "validation": 0, "test": 1, "seeds": 1},
+    "grn": {"systems": 2, "validation": 0, "test": 1, "snapshots": 1},
+    "real": {"splits": 1, "toy_treatments": 20},
+    "evaluate": {"draws": 1, "steps": 1, "guidance": 1.0},
+    "figures": {"screens": 1, "systems": 1, "tasks": 2, "contexts": (0, 8), "multiples": (1.0,), "weights": (1.0, 2.0),
+                "subsets": 3, "tta_draws": 1, "snapshot_tasks": 2, "ode_steps": (1,), "ode_reference": 2, "ode_tasks": 1,
+                "grns": 2},
+    "cpa": {"updates": 50},
+    "condot": {"updates": 50},
+    "mfm": {"updates": 50, "conditions": 1},
+    "cellflow": {"updates": 50, "conditions": 1},
+    "state": {"updates": 50, "sets": 1},
+}
+
 
 def at(scale: str, *sections: str) -> dict:
-    """What the named sections of TABLE change at `scale`; later sections win, unknown ones change nothing."""
-    column = SCALES.index(scale)
+    """What the named sections of TABLE change at `scale`; later sections win, unknown ones change nothing.
+
+    At `dry` that is all that they change at `paper`, and what DRY has for them over it.
+    """
+    column = SCALES.index("paper" if scale == "dry" else scale)
     changed = {}
     for section in sections:
         for name, row in TABLE.get(section, {}).items():
             if column < len(row):
                 changed[name] = row[column]
+    for section in sections:
+        if scale == "dry":
+            changed |= DRY.get(section, {})
     return changed
 
 
@@ -200,8 +225,8 @@ def parse(settings_class, sections, argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(settings_class, args=argv)
-    if given.scale not in SCALES:
-        raise BadInput(f"--scale {given.scale}: expected one of {', '.join(SCALES)}")
+    if given.scale not in (*SCALES, "dry"):
+        raise BadInput(f"--scale {given.scale}: expected one of {', '.join(SCALES)}, dry")
     fields = {field.name for field in dataclasses.fields(settings_class)}
     changed = {name: value for name, value in at(given.scale, *sections(given)).items() if name in fields}
     return tyro.cli(settings_class, default=dataclasses.replace(given, **changed), args=argv)
@@ -294,3 +319,6 @@ if __name__ == "__main__":
         for name, row in rows.items():
             cells = [str(value).replace(" ", "") for value in row] + ["default"]
             print(f"  {name:22}" + "".join(f"  {value:>8}" for value in cells[:3]))
+    print("\ndry: as paper, but")
+    for section, values in DRY.items():
+        print(f"{section:24}" + ", ".join(f"{name} {value}" for name, value in values.items()))

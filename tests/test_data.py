@@ -1,5 +1,6 @@
 """Claims about data.py: nothing leaks across the split, equation 5 holds, and bad files are refused."""
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -335,6 +336,8 @@ def test_toy_needs_no_file(tmp_path, prepare):
     screen = load_screen(path)
     assert "not cells" in screen.made["title"] and screen.count.shape[0] == 2
     assert tasks.evaluation_tasks(screen, 32, 2).fresh.shape[1:] == (32, 8)
+    (path,) = prepare(h5ad=None, dataset="toy", genes=8, toy_treatments=4, name="short")
+    assert load_screen(path).count.shape == (2, 5)
 
 
 def test_download_without_network(tmp_path, monkeypatch, prepare):
@@ -342,11 +345,37 @@ def test_download_without_network(tmp_path, monkeypatch, prepare):
     def refuse():
         raise ConnectionError("no route")
 
-    fake = types.SimpleNamespace(data=types.SimpleNamespace(frangieh_2021=refuse))
+    fake = types.SimpleNamespace(data=types.SimpleNamespace(frangieh_2021_rna=refuse))
     monkeypatch.setitem(sys.modules, "pertpy", fake)
-    with refuses("https://.*frangieh_2021.h5ad.*--h5ad") as error:
+    with refuses("https://.*frangieh_2021_rna.h5ad.*--h5ad") as error:
         prepare(h5ad=None, dataset="melanoma", data_dir=tmp_path)
-    assert str(tmp_path / "frangieh_2021.h5ad") in str(error.value)
+    assert str(tmp_path / "frangieh_2021_rna.h5ad") in str(error.value)
+
+
+def test_pertpy_has_what_is_downloaded():
+    """Each file of DOWNLOADS is fetched by a function of pertpy of that name, from the address that the message gives."""
+    found = importlib.util.find_spec("pertpy")
+    if found is None:
+        pytest.skip("pertpy is not installed")
+    source = "".join(file.read_text() for file in Path(found.origin).parent.joinpath("data").glob("*.py"))
+    for file, *_ in data.DOWNLOADS.values():
+        assert f"def {Path(file).stem}(" in source and f"{data.ADDRESS}{file}" in source
+
+
+def test_melanoma_is_read_as_scperturb_has_it(tmp_path, prepare):
+    """Treatments are in `perturbation`, systems in `perturbation_2`, whatever else there is; the system with the most
+    treatments, here IFN-gamma as in the paper, is held out."""
+    cells = make_cells(systems=("Control", "Co-culture", "IFN\u03b3"))
+    kept = (cells.obs["context"] == "IFN\u03b3") | (cells.obs["perturbation"] != "t5")
+    cells = cells[kept.to_numpy()].copy()
+    cells.obs = cells.obs.rename(columns={"context": "perturbation_2"})
+    cells.obs["cell_line"] = ["one", "two"] * (cells.n_obs // 2)
+    cells.write_h5ad(tmp_path / data.DOWNLOADS["melanoma"][0])
+    (path,) = prepare(h5ad=None, dataset="melanoma", data_dir=tmp_path)
+    screen = load_screen(path)
+    assert screen.systems == ("Co-culture", "Control", "IFN\u03b3") and screen.treatment_names == ("control", *NAMES[:6])
+    assert screen.made["holdout"] == "IFN\u03b3" and (screen.split[2] == TEST).sum() == 3
+    assert not (screen.split[:2] == TEST).any() and screen.made["paper"] == "melanoma"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
