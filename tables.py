@@ -46,10 +46,10 @@ ROWS = {  # in the order of the tables
 ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
 # What a trained row has to beat. Not "constant-mean", which is no set of cells.
 SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
-JUDGED = ("Differences: positive is better (MR: closer to 1). ± is the standard error, brackets are the 95% interval; "
-          "judge.py says what they allow for: conditions, overlapping splits (Nadeau and Bengio, 2003), trainings. "
-          "Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. Two trained rows with "
-          "fewer than three trainings of each are undecided.")
+JUDGED = ("Differences: positive is better (MR: closer to 1). ± is the standard error, brackets: 95% interval, before "
+          "correction; judge.py says what they allow for: conditions, overlapping splits (Nadeau and Bengio, 2003), "
+          "trainings. Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. Two trained "
+          "rows with fewer than three trainings of each are undecided.")
 
 
 @dataclass(frozen=True)
