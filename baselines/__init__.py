@@ -10,7 +10,8 @@ training, `fitting.py` what the trained ones share.
     python -m baselines --screen leukemia --scale paper
     python -m baselines --screen leukemia --methods cpa additive     # some rows only
     python -m baselines --screen linear --methods condot --search    # Table 7's grid, chosen on validation conditions
-Departures from the paper, marked where they happen: D32, D33, D54, and those of the methods, D35 to D48 (DEPARTURES.md).
+Departures from the paper, marked where they happen: D32, D33, D55, and those of the methods, D35 to D48 and D54
+(DEPARTURES.md).
 
 MapPFN sees the known half of a held-out system as context experiments only; a baseline, which cannot be told of a
 system in any other way, is trained on it, and on all other systems (B.4).

@@ -51,8 +51,9 @@ class Options(fitting.Length):
 
 # [D36] paper: "identity initialization"; released code: kernels and biases with which T(x) is 4x at the
 # start (in the original code, far more); here: an ordinary random initialisation, because it does better, and beside it
-# the paper's, row `condot-identity`: T(x) = x within 1e-3. Three things make it so: the L quadratics are |x|^2 / 2 each and their weights sum to one; each convex layer takes the mean of its inputs (the
-# first, the sum), with gates of 1; and whatever else is added is next to nothing.
+# the paper's, row `condot-identity`: T(x) = x within 1e-3. Three things make it so: the L quadratics are |x|^2 / 2 each
+# and their weights sum to one; each convex layer takes the mean of its inputs (the first, the sum), with gates of 1;
+# and whatever else is added is next to nothing.
 UNIT_GATE = math.log(math.e - 1)  # softplus of this is 1
 SMALL = 1e-3                      # what the other kernels are multiplied by
 

@@ -6,8 +6,8 @@ are the method's own (the table in scales.py makes them smaller), its networks a
 Departures: D35, D54. What DEPARTURES.md says of each method is marked in its file.
 
 How long a fit lasts is told by conditions that it does not see (`tasks.folds`). Where a screen has no VALIDATION
-condition, each training condition is left out in turn: a copy of the networks is trained without it, beside the networks
-that see all known conditions. Those are kept as they were when the copies' mean error was least.
+condition, training conditions are left out in turn: a copy of the networks is trained without one, beside the networks
+that see all known conditions. These are kept as they were when the copies' mean error was least.
 
     paper        name here   shape     meaning
     x0, x1       controls,   n D       cells of a batch, all of one condition: n is always the same, so that nothing
@@ -203,8 +203,9 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, length: Length,
             if stopped:
                 break
     bar.close()
+    ending = " until it stopped" if stopped else ""
     found = f", least validation RMSE {min(errors.values()):.4g}" if errors else ""
-    print(f"  {name}: {done} updates{' until it stopped' if stopped else ''}, last losses {losses[-1].mean():.4g}{found}, "
+    print(f"  {name}: {done} updates{ending}, last losses {losses[-1].mean():.4g}{found}, "
           f"{time.perf_counter() - began:.1f} s", flush=True)
     return Fit(best, done, stopped, errors)
 
@@ -276,7 +277,19 @@ def validation_conditions(screens: list[Screen]) -> list[LeftOut]:
     return conditions
 
 
-def side_by_side_networks(networks: list[tuple]) -> tuple:
+class Told(NamedTuple):
+    """What one copy of the networks has met in training."""
+    genes: Bool[np.ndarray, "D"]
+    systems: Bool[np.ndarray, "S"]
+
+
+def told_of(screen: Screen, data: Cells, everything: bool) -> Told:
+    """What the known conditions hold, or simply everything [D35]."""
+    systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system))
+    return Told(seen_genes(screen) | everything, systems | everything)
+
+
+def stack(networks: list[tuple]) -> tuple:
     """C tuples of networks -> one, whose arrays have an axis C."""
     static = eqx.partition(networks[0], eqx.is_array)[1]
     arrays = [eqx.filter(each, eqx.is_array) for each in networks]
@@ -314,50 +327,45 @@ class Trained:
         """
         self.options, self.lowest = options, lowest_value(screen)
         key_build, key_fit = jr.split(jr.key(int(rng.integers(2**31))))
-        screens = [screen]
-        if options.patience:
-            screens = copies(screen)
-        each, networks = [], []
-        self.known = []  # of each copy: genes that it was told of, and systems
+        screens = copies(screen) if options.patience else [screen]
+        data, networks, self.told = [], [], []
         for one in screens:
-            data = training_cells(one, self.controls_too)
-            each.append(data)
-            level = jnp.nanmean(data.cells, axis=0)
-            networks.append(self.build(options, level, len(screen.systems), screen.log_expression, key=key_build))
-            systems = np.isin(np.arange(len(screen.systems)), np.asarray(data.system))
-            random = options.unseen == "random"
-            self.known.append((seen_genes(one) | random, systems | random))
-        self.known_genes, self.known_systems = self.known[-1]  # D, S
+            cells = training_cells(one, self.controls_too)
+            level = jnp.nanmean(cells.cells, axis=0)
+            data.append(cells)
+            networks.append(self.build(options, level, len(one.systems), one.log_expression, key=key_build))
+            self.told.append(told_of(one, cells, options.unseen == "random"))
         self.parameters = count_parameters(networks[-1])
-        left_out = validation_conditions(screens) if options.patience else []
-
-        def validate(networks: PyTree) -> float:
-            """Mean RMSE of means (eq. 11) of the conditions that were left out, each by the copy that never saw it."""
-            errors = []
-            for v in left_out:
-                cells = self._moved(copy_of(networks, v.copy), *self.known[v.copy], v.controls, v.system, v.treatment, key_fit)
-                errors.append(metrics.rmse(v.treated, cells))
-            return float(np.mean(errors))
-
+        networks = stack(networks)
         optimisers, step = self.make_step(options)
-        networks = side_by_side_networks(networks)
         states = []
         for optimiser, network in zip(optimisers, networks):
             states.append(eqx.filter_vmap(optimiser.init)(eqx.filter(network, eqx.is_inexact_array)))
-        found = fit(type(self).__name__, step, (networks, tuple(states)), side_by_side(each), options,
+        left_out = validation_conditions(screens) if options.patience else []
+
+        def validate(networks: PyTree) -> float:
+            """Mean RMSE of means (eq. 11) of the conditions that were left out, each by a copy that never saw it."""
+            errors = []
+            for v in left_out:
+                own = copy_of(networks, v.copy)
+                cells = self.move(own, self.told[v.copy], v.controls, v.system, v.treatment, key_fit)
+                errors.append(metrics.rmse(v.treated, cells))
+            return float(np.nan_to_num(np.mean(errors), nan=np.inf))
+
+        found = fit(type(self).__name__, step, (networks, tuple(states)), side_by_side(data), options,
                     validate if left_out else None, key=key_fit)
         self.networks = copy_of(found.networks, -1)
         self.updates, self.stopped, self.validation = found.updates, found.stopped, found.validation
 
-    def _moved(self, networks, genes, systems, controls, system, treatment, key) -> Float[np.ndarray, "N D"]:
-        """As `predict`, with given networks that know of given genes and systems."""
-        one_hot = (np.arange(len(systems)) == system) & systems
-        arrays = [jnp.asarray(x, jnp.float32) for x in (controls, treatment * genes, one_hot)]
+    def move(self, networks: tuple, told: Told, controls: Float[np.ndarray, "N D"], system: int,
+             treatment: Float[np.ndarray, "D"], key: PRNGKeyArray) -> Float[np.ndarray, "N D"]:
+        """One cell for each control cell, by one copy of the networks; on log-expression data no lower than 0."""
+        one_hot = (np.arange(len(told.systems)) == system) & told.systems
+        arrays = [jnp.asarray(x, jnp.float32) for x in (controls, treatment * told.genes, one_hot)]
         cells = self.carry(networks, self.options, *arrays, key=key)
         return np.maximum(np.asarray(cells), self.lowest).astype(np.float32)
 
     def predict(self, controls: Float[np.ndarray, "N D"], system: int, treatment: Float[np.ndarray, "D"],
                 rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
         """One cell for each control cell, on log-expression data no lower than 0."""
-        key = jr.key(int(rng.integers(2**31)))
-        return self._moved(self.networks, self.known_genes, self.known_systems, controls, system, treatment, key)
+        return self.move(self.networks, self.told[-1], controls, system, treatment, jr.key(int(rng.integers(2**31))))

@@ -37,7 +37,7 @@ from model import time_features
 @dataclass(frozen=True)
 class Options(fitting.Length):
     """Hyperparameters; the defaults are the method's own, or chosen here where no source states one."""
-    neighbours: int = 50         # K of the graph (released code), of {0, 10, 50, 100}; 0: a cell sees itself only (Table 7)
+    neighbours: int = 50         # K of the graph (released code), of {0, 10, 50, 100} (Table 7); 0: none
     embedding: int = 64          # E, of {64, 128, 256} (Table 7)
     width: int = 512             # of the velocity network (MFM)
     layers: int = 7              # of the velocity network, without the last linear one (MFM)

@@ -118,7 +118,7 @@ def test_unseen_system():
     split = screen.split.copy()
     split[1, 1:] = -1
     method = fit("cellflow", dataclasses.replace(screen, split=split), updates=0)
-    assert list(method.known_systems) == [True, False, True]
+    assert list(method.told[-1].systems) == [True, False, True]
     unknown = moved_by(method, 1, 1)
     assert np.isfinite(unknown).all() and np.array_equal(unknown, moved_by(method, 1, 99, screen.pool(1, 0)))
     assert not np.allclose(unknown, moved_by(method, 1, 0, screen.pool(1, 0)))
