@@ -103,7 +103,7 @@ TABLE = {
         "latent":                (8,         32),
         "adversary_width":       (16,        64),
         "embedding_gain":        (10.0,    10.0),
-        "updates":               (50,      6000),            # at most; `patience` ends it sooner [D54]
+        "updates":               (50,      3000),            # at most; `patience` ends it sooner [D54]
         "validate_every":        (50,       200),            # updates between two validations
         "patience":              (1,          6),            # validations without a new best
         "batch":                 (32,       128),
@@ -138,9 +138,9 @@ TABLE = {
         "learning_rate":         (1e-3,    1e-3),
     },
     "mfm-linear": {            # linear SCMs
-        "updates":               (50,      6000,   25_000),  # (released code) [D37]
+        "updates":               (50,    10_000,   25_000),  # (released code) [D37]
         "batch":                 (16,        32,      500),  # (released code)
-        "validate_every":        (50,       250),
+        "validate_every":        (50,       500),
     },
     "cellflow": {
         "embedding":             (16,        64),
