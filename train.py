@@ -381,8 +381,10 @@ def check(s: Settings) -> None:
     scales.check_name(s.init)
 
 
-def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None) -> Callable:
-    """Train, or go on, until `folder/model.eqx` is written; returns the jitted update for runs of the same shape.
+def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None,
+          about: dict | None = None) -> Callable:
+    """Train, or go on, until `folder/model.eqx` is written, with `about` in its header; returns the jitted update for
+    runs of the same shape.
 
     Raises BadInput if the folder holds a run with other settings, or if the screen does not fit the model.
     """
@@ -391,7 +393,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     share = own_share(s.micro_batch)
     first = update_tasks(s, screen, 0, share)  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
-    head = header(s, folder, screen) | {"revision": scales.revision()}
+    head = header(s, folder, screen) | {"revision": scales.revision()} | (about or {})
     head["parameters"] = model.count_parameters(state.parameters)
     update = update_function or make_update(s, static, mesh)
     validate, held_out = make_validation(s, static), validation_tasks(s, screen)
@@ -455,11 +457,13 @@ def main() -> None:
         screen, split = tasks.load_screen(path), tasks.split_number(path)
         run = dataclasses.replace(s, seed=s.seed + SPLIT_SEEDS * split)
         folder = model.run_folder(s, s.name or s.screen, split)
+        about = {}
         if s.rates:
             import choose  # here, as it imports this file
 
             choice = choose.chosen(run, folder, screen)
             run = dataclasses.replace(run, **{name: choice[name] for name in ("updates", "learning_rate", "guidance")})
+            about = {"stopped": choice["stopped"]}  # had the validation loss stopped improving?
         finished = folder / "model.eqx"
         if finished.is_file():
             check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
@@ -467,7 +471,7 @@ def main() -> None:
                 print(f"{folder}: already trained")
             continue
         size = run.updates, run.learning_rate
-        compiled[size] = train(run, folder, screen, compiled.get(size))
+        compiled[size] = train(run, folder, screen, compiled.get(size), about)
 
 
 if __name__ == "__main__":
