@@ -20,10 +20,10 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+import devices
 import metrics
 import model
 import sample
@@ -59,12 +59,11 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) 
     Longer ones are no longer tried once the mean loss over folds has not fallen for PATIENCE lengths.
     """
     s = dataclasses.replace(s, decay=0.0)
-    update, running, found = None, [], {}
+    (mesh, everywhere, shared), running, found = devices.shardings(), [], {}
     for screen in folds:
         state, static = train.begin(s, folder, screen)
-        update = update or train.make_update(s, static, Mesh(np.array(jax.devices()), ("data",)))
-        running.append(Fold(screen, state, train.validation_tasks(s, screen)))
-    validate = train.make_validation(s, static)
+        running.append(Fold(screen, devices.placed(state, everywhere), train.validation_tasks(s, screen)))
+    update, validate = train.make_update(s, static, mesh), train.make_validation(s, static)
     key, done = scales.key("updates", s.seed), 0
     bar = tqdm(total=s.updates, unit="update", desc=f"{label}, {len(folds)} folds", mininterval=2)
     for length in sorted({max(1, round(share * s.updates)) for share in LENGTHS}):
@@ -72,11 +71,13 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) 
         for number, fold in enumerate(running):
             state = fold.state
             for i in range(done, length):
-                state, _, _ = update(state, train.update_tasks(s, fold.screen, i), key)
+                batches = devices.placed(train.update_tasks(s, fold.screen, i), shared)
+                state, loss, _ = update(state, batches, key)
+                loss.block_until_ready()  # folds do not wait for each other, but they share the devices
             running[number] = fold._replace(state=state)
             # A copy: the update gives the memory of its argument to its result.
-            weights = jax.tree.map(np.asarray, train.averaged(s, state))
-            found[length].append((validate(state, fold.held_out), weights))
+            weights = jax.tree.map(np.array, train.averaged(s, devices.here(state)))
+            found[length].append((validate(devices.here(state), fold.held_out), weights))
         bar.update(length - done)
         done = length
         losses = mean_losses(found)
