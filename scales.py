@@ -113,14 +113,14 @@ TABLE = {
     "condot": {
         "hidden":                (16,        64),
         "layers":                (2,          2),
-        "updates":               (50,      2000),
+        "updates":               (50,      1000),
         "validate_every":        (50,        50),
-        "patience":              (1,          5),
+        "patience":              (1,          4),
         "batch":                 (32,        64),
         "learning_rate":         (1e-3,    1e-3),
     },
     "condot-linear": {         # linear SCMs
-        "updates":               (50,    10_000,   50_000),  # (released code)
+        "updates":               (50,      6000,   50_000),  # (released code)
         "batch":                 (32,        64,      500),  # (released code)
         "validate_every":        (50,       400),
     },
@@ -138,7 +138,7 @@ TABLE = {
         "learning_rate":         (1e-3,    1e-3),
     },
     "mfm-linear": {            # linear SCMs
-        "updates":               (50,    10_000,   25_000),  # (released code) [D37]
+        "updates":               (50,      8000,   25_000),  # (released code) [D37]
         "batch":                 (16,        32,      500),  # (released code)
         "validate_every":        (50,       500),
     },
