@@ -120,14 +120,16 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
         losses[rate] = mean_losses(runs[rate])
     rate = min(losses, key=lambda rate: min(losses[rate].values()))
     length = min(losses[rate], key=losses[rate].get)
+    choice = {"updates": length, "learning_rate": rate, "stopped": length < max(losses[rate]), "folds": len(folds),
+              "validation_loss": losses}
+    evaluate = scales.at(s.scale, "evaluate")
+    if evaluate.get("guidance") is not None:  # fixed at this scale
+        return choice | {"guidance": None}
     static = train.begin(s, folder, screen)[1]
     networks = [eqx.combine(weights, static) for _, weights in runs[rate][length]]
-    evaluate = scales.at(s.scale, "evaluate")
     errors = guidance_errors(s, folds, networks, evaluate.get("steps", sample.Settings.steps),
                              evaluate.get("eval_cells", sample.Settings.eval_cells))
-    stopped = length < max(losses[rate])
-    return {"updates": length, "learning_rate": rate, "guidance": min(errors, key=errors.get), "stopped": stopped,
-            "folds": len(folds), "validation_loss": losses, "validation_rmse": errors}
+    return choice | {"guidance": min(errors, key=errors.get), "validation_rmse": errors}
 
 
 def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:

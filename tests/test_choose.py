@@ -16,8 +16,8 @@ from tasks import KNOWN_ONLY, TEST, TRAIN, VALIDATION
 @pytest.fixture
 def settings(tmp_path, like):
     """Training on one system of five treatments, of which none is for validation."""
-    write_linear(tmp_path / "smoke" / "screens" / "five", systems=1, validation=0, test=1)
-    return like(skip=False, screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1, out=tmp_path)
+    write_linear(tmp_path / "laptop" / "screens" / "five", systems=1, validation=0, test=1)
+    return like(scale="laptop", skip=False, screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1, out=tmp_path)
 
 
 @pytest.fixture
