@@ -61,7 +61,7 @@ TABLE = {
         "validation":            (2,          8),            # held-out GRNs for choices
         "test":                  (2,          8),            # held-out GRNs for Figure 2
         "dropout":      ((0.0, 82.0), (0.0, 82.0)),          # range of the dropout percentile [D51]
-        "updates":               (40,      6000),
+        "updates":               (40,      5000),
         "snapshots":             (4,         10,       25),  # Figure 2: models kept on the way
     },
     "real": {                  # perturbation screens of real cells (B.3, B.4), and training on them
