@@ -4,8 +4,7 @@ Paper: A.2, A.3 (8 h for linear SCMs and 36 h for GRNs on one 80 GB GPU). Reads 
 scale (counts.py), and `screens/`, `memory.csv`, `times.csv` of the dry run, `run_all.sh paper --dry`, as far as they
 are there. Writes `costs.md` and `costs.json` (with --before, `costs-before`) below out/<scale>.
 
-    python costs.py             two minutes on two CPU cores
-    python costs.py --before    the same before products, attention and figures were made cheaper
+    python costs.py [--before]    two minutes on two CPU cores; before products and attention were made cheaper
 
 How often anything runs follows from the settings. What it costs once comes from XLA:
 
@@ -304,11 +303,11 @@ def against_aims(lines: list[dict]) -> list[str]:
 
 NOTE = f"""Hours: least, FLOPs at {PRODUCTS:.0%} of the vendor's peak (sampling one task at a time: {ALONE:.0%} of
 that), or the scores of plain attention at {MEMORY:.0%} of the memory's; most, all bytes that the program moves as XLA
-compiles it for a CPU. Baselines: {KERNELS} kernels for each matrix product, {LAUNCH * 1e6:.0f} us each, or their FLOPs;
-without the time to predict, and without a search of Table 7. Metrics inside figures are not counted. CPU stages: seconds
-of the dry run, start-up and all, times what there is more of.
+compiles it for a CPU. Baselines: {KERNELS} kernels of {LAUNCH * 1e6:.0f} us for each matrix product, or the FLOPs;
+without the time to predict, and without a search of Table 7. Metrics inside figures are not counted. CPU stages:
+seconds of the dry run, start-up and all, times what there is more of.
 
-Weakest: the two shares and the bytes were not measured on a GPU, whose compiler fuses otherwise; most hours hang on them.
+Weakest: the two shares and the bytes were not measured on a GPU, which fuses otherwise; most hours hang on them.
 """
 
 

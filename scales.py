@@ -174,7 +174,7 @@ DRY = {
     "grn": {"systems": 2, "validation": 0, "test": 1, "snapshots": 1},
     "real": {"splits": 1, "toy_treatments": 20},
     "evaluate": {"draws": 1, "steps": 1, "guidance": 1.0},
-    "figures": {"screens": 1, "systems": 1, "tasks": 2, "contexts": (0, 8), "multiples": (1.0,), "weights": (1.0, 2.0),
+    "figures": {"screens": 1, "systems": 1, "tasks": 2, "contexts": (0, 8), "multiples": (1.0,), "weights": (2.0,),
                 "subsets": 3, "tta_draws": 1, "snapshot_tasks": 2, "ode_steps": (1,), "ode_reference": 2, "ode_tasks": 1,
                 "grns": 2},
     "cpa": {"updates": 50},
