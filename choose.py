@@ -44,15 +44,6 @@ class Fold(NamedTuple):
     held_out: Task
 
 
-def most_context(folds: list[Screen]) -> int:
-    """Largest K that every training condition of every fold can have."""
-    fewest = []
-    for screen in folds:
-        known = np.isin(screen.split[:, 1:], tasks.KNOWN).sum(axis=1)
-        fewest.append(known[known > 0].min() - 1)
-    return int(min(fewest))
-
-
 def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) -> dict[int, list[tuple[float, PyTree]]]:
     """Length -> for each fold, validation loss and EMA weights, with the learning rate of `s` held after its warm-up.
 
@@ -112,7 +103,7 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
     Raises BadInput if the screen has too few training conditions to leave one out.
     """
     folds = tasks.folds(screen)
-    s = dataclasses.replace(s, context=min(s.context, most_context(folds)))
+    s = dataclasses.replace(s, context=min(s.context, *map(tasks.most_context, folds)))
     runs, losses = {}, {}
     for rate in s.rates:
         run = dataclasses.replace(s, learning_rate=rate)

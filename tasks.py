@@ -118,6 +118,13 @@ def queries(screen: Screen, context: int, split: int) -> Int[np.ndarray, "Q 2"]:
     return found
 
 
+def most_context(screen: Screen) -> int:
+    """Largest K that every training condition can have: the other known experiments of the system with the fewest."""
+    known = np.isin(screen.split[:, 1:], KNOWN).sum(axis=1)
+    trained = (screen.split[:, 1:] == TRAIN).any(axis=1)
+    return int(known[trained].min() - 1)
+
+
 def experiments(rng: np.random.Generator, screen: Screen, s: int, t: int, context: int) -> Int[np.ndarray, "K"]:
     """K different known treatments of system s, never t, which is asked for."""
     known = 1 + np.flatnonzero(np.isin(screen.split[s, 1:], KNOWN))

@@ -47,7 +47,7 @@ import tasks
 from devices import here, join, own_share, placed, shardings, use_all_cores
 from model import SLOTS, Architecture
 from scales import BadInput
-from tasks import VALIDATION, Screen, Task
+from tasks import TRAIN, VALIDATION, Screen, Task
 
 
 @dataclass(frozen=True)
@@ -443,6 +443,24 @@ def sections(s: Settings) -> tuple[str, ...]:
     return "train", tasks.section_of(s), "finetune" if s.init else ""
 
 
+def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
+    """The settings of a run as far as its screen has a say, K and what choose.py chooses, and what its header says of it.
+    """
+    about, most = {}, s.context
+    if (screen.split == TRAIN).any():
+        most = tasks.most_context(screen)
+    if 0 < most < s.context:
+        print(f"{folder}: K = {most} instead of {s.context}: that is how many experiments there are beside a query")
+        s = dataclasses.replace(s, context=most)
+    if s.rates:
+        import choose  # here, as it imports this file
+
+        choice = choose.chosen(s, folder, screen)
+        about["stopped"] = choice["stopped"]  # had the validation loss stopped improving?
+        s = dataclasses.replace(s, **{name: choice[name] for name in ("updates", "learning_rate", "guidance")})
+    return s, about
+
+
 def main() -> None:
     """Train on each split of the screen, skipping what is finished."""
     s = scales.parse(Settings, sections)
@@ -457,20 +475,14 @@ def main() -> None:
         screen, split = tasks.load_screen(path), tasks.split_number(path)
         run = dataclasses.replace(s, seed=s.seed + SPLIT_SEEDS * split)
         folder = model.run_folder(s, s.name or s.screen, split)
-        about = {}
-        if s.rates:
-            import choose  # here, as it imports this file
-
-            choice = choose.chosen(run, folder, screen)
-            run = dataclasses.replace(run, **{name: choice[name] for name in ("updates", "learning_rate", "guidance")})
-            about = {"stopped": choice["stopped"]}  # had the validation loss stopped improving?
+        run, about = settled(run, folder, screen)
         finished = folder / "model.eqx"
         if finished.is_file():
             check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
             if jax.process_index() == 0:
                 print(f"{folder}: already trained")
             continue
-        size = run.updates, run.learning_rate
+        size = run.updates, run.learning_rate, run.context
         compiled[size] = train(run, folder, screen, compiled.get(size), about)
 
 

@@ -9,6 +9,7 @@ from conftest import write_linear
 import choose
 import model
 import tasks
+import train
 from scales import BadInput
 from tasks import KNOWN_ONLY, TEST, TRAIN, VALIDATION
 
@@ -17,7 +18,8 @@ from tasks import KNOWN_ONLY, TEST, TRAIN, VALIDATION
 def settings(tmp_path, like):
     """Training on one system of five treatments, of which none is for validation."""
     write_linear(tmp_path / "laptop" / "screens" / "five", systems=1, validation=0, test=1)
-    return like(scale="laptop", skip=False, screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1, out=tmp_path)
+    return like(scale="laptop", screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1, skip=False,
+                out=tmp_path)
 
 
 @pytest.fixture
@@ -38,7 +40,8 @@ def test_each_training_condition_is_left_out_once(place, trained):
         changed = fold.split != screen.split
         assert changed.sum() == 1 and changed[where] and (fold.split == VALIDATION).sum() == 1
     assert (screen.split == TEST).any() and (screen.split == KNOWN_ONLY).any()
-    assert tasks.folds(trained.screen) == [trained.screen]
+    assert [tasks.most_context(fold) for fold in folds] == [3] * 5
+    assert tasks.folds(trained.screen) == [trained.screen] and tasks.most_context(screen) == 4
 
 
 def test_the_least_loss_and_error_are_chosen(settings, place):
@@ -56,6 +59,14 @@ def test_the_least_loss_and_error_are_chosen(settings, place):
     for s, t in np.argwhere(screen.split == TEST).tolist():
         cells[screen.start[s, t] : screen.start[s, t] + screen.count[s, t]] = np.nan
     assert choose.choose(settings, folder, dataclasses.replace(screen, cells=cells)) == choice
+
+
+def test_no_more_experiments_than_there_are(settings, place, capsys):
+    """K is as large as the screen allows, and the user is told; what it allows is left alone."""
+    folder, screen = place
+    s, about = train.settled(dataclasses.replace(settings, context=8, rates=()), folder, screen)
+    assert s.context == 4 and about == {} and "K = 4 instead of 8" in capsys.readouterr().out
+    assert train.settled(s, folder, screen) == (s, {}) and not capsys.readouterr().out
 
 
 def test_what_brings_nothing_stops(settings, place, monkeypatch):
