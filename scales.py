@@ -69,7 +69,7 @@ TABLE = {
         "min_cells":             (20,       200),            # fewest cells of a usable condition
         "splits":                (2,          5),            # random splits into train and test treatments
         "updates":               (32,       800,      375),  # at most [D55]; 3,000 iterations (A.3) [D1]
-        "rates":            ((2e-3,), (2e-3, 1e-3)),         # learning rates to choose from [D55]
+        "rates":            ((2e-3,),    (2e-3,)),            # learning rates to choose from [D55]
     },
     "finetune": {              # from a pre-trained model (A.3): as "real", but
         "learning_rate":         (1e-3,    1e-3,     5e-5),  # peak (A.3)

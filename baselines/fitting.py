@@ -235,7 +235,7 @@ def integrate(velocity: Callable, cells: Float[Array, "*N D"], tolerance: float 
 
 # ---------------------------------------------------------------------------------------------------------- validation
 
-MOST_COPIES, MOST_CONDITIONS, CELLS = 3, 32, 100  # what validation may cost: left-out copies, conditions, cells of each
+MOST_CONDITIONS, CELLS = 32, 100  # what validation may cost: conditions, cells of each
 
 
 class LeftOut(NamedTuple):
@@ -259,7 +259,7 @@ def copies(screen: Screen) -> list[Screen]:
     folds = tasks.folds(screen)
     if folds and folds[0] is screen:
         return [screen]  # it has VALIDATION conditions of its own
-    return some(folds, MOST_COPIES) + [screen]
+    return folds + [screen]
 
 
 def validation_conditions(screens: list[Screen]) -> list[LeftOut]:

@@ -33,7 +33,7 @@ def test_each_training_condition_is_left_out_once(place, trained):
     """It is for validation in one fold, known in the others; the others of its system and the test conditions stay. A
     screen that has validation conditions is its only fold."""
     _, screen = place
-    folds = tasks.folds(screen)
+    folds = tasks.folds(screen, 99)
     left_out = [tuple(np.argwhere(fold.split == VALIDATION)[0]) for fold in folds]
     assert sorted(left_out) == sorted(map(tuple, np.argwhere(screen.split[:, 1:] == TRAIN) + [0, 1]))
     for fold, where in zip(folds, left_out):
@@ -41,6 +41,8 @@ def test_each_training_condition_is_left_out_once(place, trained):
         assert changed.sum() == 1 and changed[where] and (fold.split == VALIDATION).sum() == 1
     assert (screen.split == TEST).any() and (screen.split == KNOWN_ONLY).any()
     assert [tasks.most_context(fold) for fold in folds] == [3] * 5
+    three = [fold.split.tolist() for fold in tasks.folds(screen)]
+    assert three == [folds[i].split.tolist() for i in (0, 2, 4)]
     assert tasks.folds(trained.screen) == [trained.screen] and tasks.most_context(screen) == 4
 
 
@@ -51,7 +53,7 @@ def test_the_least_loss_and_error_are_chosen(settings, place):
     settings = dataclasses.replace(settings, updates=16)
     choice = choose.choose(settings, folder, screen)
     losses = choice["validation_loss"]
-    assert losses.keys() == {3e-3, 1e-3} and choice["folds"] == 5 and len(losses[3e-3]) > 2
+    assert losses.keys() == {3e-3, 1e-3} and choice["folds"] == 3 and len(losses[3e-3]) > 2
     least = min(loss for of_rate in losses.values() for loss in of_rate.values())
     assert losses[choice["learning_rate"]][choice["updates"]] == least
     assert choice["guidance"] == min(choice["validation_rmse"], key=choice["validation_rmse"].get)
