@@ -21,7 +21,7 @@ import train
 
 SCREENS = ("leukemia", "melanoma")
 ROWS = 5              # of MapPFN for a screen: random, pre-trained, fine-tuned, unpaired, without context (run_all.sh)
-LEFT_OUT = 5          # training conditions of leukemia, each left out in turn where a training chooses [D55]
+LEFT_OUT = 3          # training conditions that are left out in turn (tasks.folds), where a training chooses [D55]
 VALIDATION_TASKS = 64  # train.validation_tasks
 # What was otherwise at revision eae3e95, besides float32, plain attention, and tasks solved one by one.
 BEFORE = {"figures": {"snapshot_tasks": 64, "most_cells": 400}}

@@ -258,8 +258,8 @@ def test_a_copy_never_draws_what_it_leaves_out():
         seen = set(zip(np.asarray(drawn.system[number]), 1 + np.asarray(drawn.treatment[number]).argmax(1)))
         left_out |= everything - seen
         assert seen == {(s, t) for s, t in everything if one.split[s, t] != VALIDATION}
-    assert len(screens) == 1 + fitting.MOST_COPIES == 1 + len(left_out) and screens[-1] is screen
-    assert {v.copy for v in fitting.validation_conditions(screens)} == set(range(fitting.MOST_COPIES))
+    assert len(screens) == 1 + len(left_out) == 4 and screens[-1] is screen
+    assert {v.copy for v in fitting.validation_conditions(screens)} == {0, 1, 2}
     validated = with_split(screen, TEST, VALIDATION)
     assert fitting.copies(validated) == [validated]
 
