@@ -1,10 +1,11 @@
 """Part of stage 4, choices: learning rate, length and guidance of a training on few conditions, by leaving one out.
 
 Paper: A.3, B.4, Table 7. A screen of real cells may have five training conditions, and a tenth of five is no validation
-condition. So each of them is left out in turn (`tasks.folds`): a network is trained on the others, and at every one of
-LENGTHS its loss on the one that was left out is noted. The rate and length whose mean loss over these folds is least
-are what `train.py` then trains with, on all training conditions; the folds' networks at that length choose the weight of
-guidance, by RMSE, as everywhere (Table 7). Test conditions are never looked at. Departure: D55.
+condition. So one after the other is left out (`tasks.folds`): a network is trained on the others, and at every one of
+LENGTHS its loss on the one that was left out is noted. The rate whose mean loss over these folds is least after
+FIRST_LOOK, and its best length, are what `train.py` then trains with, on all training conditions; the folds' networks at
+that length choose the weight of guidance, by RMSE, as everywhere (Table 7). Test conditions are never looked at.
+Departure: D55.
 
 `train.py --rates 1e-3 3e-4 ...` calls this; it reads a screen, and writes `choice.json` beside the model.
 Laptop scale: one to two minutes a split on two CPU cores.
@@ -33,6 +34,7 @@ import train
 from tasks import VALIDATION, Screen, Task
 
 LENGTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a training, as shares of --updates
+FIRST_LOOK = LENGTHS[:3]  # these tell which of several rates is tried to the end
 PATIENCE = 2  # lengths in a row that bring nothing, after which longer ones are not tried
 DRAWS = 2     # of cells, for each left-out condition, when guidance is chosen
 
@@ -44,7 +46,8 @@ class Fold(NamedTuple):
     held_out: Task
 
 
-def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) -> dict[int, list[tuple[float, PyTree]]]:
+def snapshots(s: train.Settings, folder: Path, folds: list[Screen],
+              shares: tuple[float, ...] = LENGTHS) -> dict[int, list[tuple[float, PyTree]]]:
     """Length -> for each fold, validation loss and EMA weights, with the learning rate of `s` held after its warm-up.
 
     Longer ones are no longer tried once the mean loss over folds has not fallen for PATIENCE lengths.
@@ -56,8 +59,10 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen], label: str) 
         running.append(Fold(screen, devices.placed(state, everywhere), train.validation_tasks(s, screen)))
     update, validate = train.make_update(s, static, mesh), train.make_validation(s, static)
     key, done = scales.key("updates", s.seed), 0
-    bar = tqdm(total=s.updates, unit="update", desc=f"{label}, {len(folds)} folds", mininterval=2)
-    for length in sorted({max(1, round(share * s.updates)) for share in LENGTHS}):
+    lengths = sorted({max(1, round(share * s.updates)) for share in shares})
+    label = f"{folder.parent.name}/{folder.name}, rate {s.learning_rate:g}, {len(folds)} folds"
+    bar = tqdm(total=lengths[-1], unit="update", desc=label, mininterval=2)
+    for length in lengths:
         found[length] = []
         for number, fold in enumerate(running):
             state = fold.state
@@ -104,12 +109,14 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
     """
     folds = tasks.folds(screen)
     s = dataclasses.replace(s, context=min(s.context, *map(tasks.most_context, folds)))
-    runs, losses = {}, {}
-    for rate in s.rates:
-        run = dataclasses.replace(s, learning_rate=rate)
-        runs[rate] = snapshots(run, folder, folds, f"{folder.parent.name}/{folder.name}, rate {rate:g}")
-        losses[rate] = mean_losses(runs[rate])
-    rate = min(losses, key=lambda rate: min(losses[rate].values()))
+    rate, losses = s.rates[0], {}
+    if len(s.rates) > 1:
+        for rate in s.rates:
+            run = dataclasses.replace(s, learning_rate=rate)
+            losses[rate] = mean_losses(snapshots(run, folder, folds, FIRST_LOOK))
+        rate = min(losses, key=lambda rate: min(losses[rate].values()))
+    found = snapshots(dataclasses.replace(s, learning_rate=rate), folder, folds)
+    losses[rate] = mean_losses(found)
     length = min(losses[rate], key=losses[rate].get)
     choice = {"updates": length, "learning_rate": rate, "stopped": length < max(losses[rate]), "folds": len(folds),
               "validation_loss": losses}
@@ -117,7 +124,7 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
     if evaluate.get("guidance") is not None:  # fixed at this scale
         return choice | {"guidance": None}
     static = train.begin(s, folder, screen)[1]
-    networks = [eqx.combine(weights, static) for _, weights in runs[rate][length]]
+    networks = [eqx.combine(weights, static) for _, weights in found[length]]
     errors = guidance_errors(s, folds, networks, evaluate.get("steps", sample.Settings.steps),
                              evaluate.get("eval_cells", sample.Settings.eval_cells))
     return choice | {"guidance": min(errors, key=errors.get), "validation_rmse": errors}
