@@ -512,9 +512,9 @@ def test_search_chooses_on_validation_conditions(stage, monkeypatch, tmp_path):
         stage("--methods", "cpa", "--search")
 
 
-def test_search_leaves_out_every_training_condition(monkeypatch, tmp_path):
-    """On a screen without validation conditions a setting is fitted once without each training condition, and its error
-    is the mean over them."""
+def test_search_leaves_out_training_conditions(monkeypatch, tmp_path):
+    """On a screen without validation conditions a setting is fitted once for each fold, and its error is the mean over
+    what they leave out."""
     screen, left_out = make_screen(), []
 
     class Shift(simple.Identity):
@@ -528,8 +528,8 @@ def test_search_leaves_out_every_training_condition(monkeypatch, tmp_path):
 
     monkeypatch.setattr(baselines, "make", make)
     baselines.search(baselines.Settings("made-up", "smoke", out=tmp_path), "condot", screen)
-    expected = np.argwhere(screen.split[:, 1:] == TRAIN) + [0, 1]
-    assert left_out == [tuple(pair) for pair in expected.tolist()] * 9
+    expected = [tuple(np.argwhere(fold.split == VALIDATION)[0].tolist()) for fold in tasks.folds(screen)]
+    assert len(expected) == 3 and left_out == expected * 9
 
 
 @pytest.mark.parametrize("arguments, message", [

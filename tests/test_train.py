@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import sys
 
 import equinox as eqx
@@ -350,7 +351,7 @@ def test_one_run_for_each_split_and_none_twice(trained, like, main, monkeypatch,
     settings it is refused, and names the setting."""
     asked, runs, here = iter((like(), like(clip=0.5), like(name="two"))), [], tasks.splits(like())
     monkeypatch.setattr(scales, "parse", lambda *a: next(asked))
-    monkeypatch.setattr(train, "train", lambda run, folder, screen, update: runs.append((run.seed, folder.name)))
+    monkeypatch.setattr(train, "train", lambda run, folder, *rest: runs.append((run.seed, folder.name)))
     main(train)
     assert "already trained" in capsys.readouterr().out
     with pytest.raises(BadInput, match="clip 1.0, now 0.5"):
