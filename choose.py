@@ -84,8 +84,11 @@ def snapshots(s: train.Settings, folder: Path, folds: list[Screen],
 
 
 def mean_losses(found: dict[int, list[tuple[float, PyTree]]]) -> dict[int, float]:
-    """Length -> mean validation loss over the folds."""
-    return {length: float(np.mean([loss for loss, _ in each])) for length, each in found.items()}
+    """Length -> mean validation loss over the folds; infinite if a network has diverged."""
+    means = {}
+    for length, each in found.items():
+        means[length] = float(np.nan_to_num(np.mean([loss for loss, _ in each]), nan=np.inf))
+    return means
 
 
 def guidance_errors(s: train.Settings, folds: list[Screen], networks: list[eqx.Module], steps: int,
@@ -108,6 +111,8 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
     Raises BadInput if the screen has too few training conditions to leave one out.
     """
     folds = tasks.folds(screen)
+    if not folds:
+        raise scales.BadInput(f"{folder}: too few training conditions to leave one out; train without --rates")
     s = dataclasses.replace(s, context=min(s.context, *map(tasks.most_context, folds)))
     rate, losses = s.rates[0], {}
     if len(s.rates) > 1:
@@ -118,6 +123,8 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
     found = snapshots(dataclasses.replace(s, learning_rate=rate), folder, folds)
     losses[rate] = mean_losses(found)
     length = min(losses[rate], key=losses[rate].get)
+    if not np.isfinite(losses[rate][length]):
+        raise scales.BadInput(f"{folder}: no rate of --rates {s.rates} trains to a finite loss; give lower ones")
     choice = {"updates": length, "learning_rate": rate, "stopped": length < max(losses[rate]), "folds": len(folds),
               "validation_loss": losses}
     evaluate = scales.at(s.scale, "evaluate")
@@ -138,14 +145,17 @@ def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:
         if not path.is_file():
             raise scales.BadInput(f"--choice {s.choice}: no {path}; train that run first")
     made = train.header(dataclasses.replace(s, seed=0, init=""), folder, screen)
-    made |= {"rates": s.rates, "fine-tuning": bool(s.init)}
+    made |= {"rates": s.rates, "lengths": LENGTHS, "first look": FIRST_LOOK, "folds": len(tasks.folds(screen)),
+             "evaluate": scales.at(s.scale, "evaluate"), "fine-tuning": bool(s.init)}
+    if s.init and not s.choice:
+        made["weights"] = train.header(s, folder, screen)["weights"]
     if path.is_file():
         try:
             choice = dict(json.loads(path.read_text()))
             then = choice["made"]
         except (ValueError, KeyError, TypeError):
             raise scales.BadInput(f"{path}: damaged; delete it, and the choice is made again") from None
-        scales.check_made(path, then, made)
+        scales.check_made(path, {name: then.get(name) for name in made}, made)
         return choice
     choice = choose(s, folder, screen) | {"made": made, "revision": scales.revision()}
     with scales.atomic(path) as temporary:

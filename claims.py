@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 PUBLISHED = ("cpa", "condot", "mfm", "cellflow", "state")
 ALL = ("wasserstein", "mmd", "rmse", "pds", "magnitude_ratio", "auprc")
-# Non-inferiority: the largest standard deviation that the paper's Table 3 gives the AUPRC of a baseline (CondOT,
-# melanoma): what is less apart than repetitions of one method are is on a par.
-MARGIN = 0.05
+# Non-inferiority: the largest standard deviation that the paper's Table 3 gives the AUPRC of a baseline on the screen:
+# what is less apart than repetitions of one method are is on a par. Other screens have the wider one.
+MARGINS = {"leukemia": 0.01, "melanoma": 0.05}
 
 
 class Claim(NamedTuple):
@@ -20,7 +20,7 @@ class Claim(NamedTuple):
     asks: str                                       # what is compared
     pairs: tuple[tuple[str, tuple[str, ...]], ...]  # row, rivals
     wanted: dict[str, tuple[str, ...]]              # screen -> metrics
-    margin: float | None = None                     # the row is to be no worse than this
+    margin: dict[str, float] = {}                   # screen -> the row is to be no worse than this
 
 
 CLAIMS = [
@@ -52,9 +52,9 @@ CLAIMS = [
           {"real": ALL}),
     Claim("On both datasets, pre-trained MapPFN recovers differentially expressed genes zero-shot and on par with the "
           "best baselines trained on real data",
-          f"Pre-trained MapPFN is less than {MARGIN} worse than the best published baseline",
+          "Pre-trained MapPFN is no more than a margin worse than the best published baseline (0.01 on leukemia, else 0.05)",
           (("mappfn-pretrained", PUBLISHED),),
-          {"real": ("auprc",)}, MARGIN),
+          {"real": ("auprc",)}, MARGINS),
     Claim("The paired prior results in a substantial improvement across all metrics on real single-cell data (Table 4)",
           "MapPFN pre-trained on the paired prior is better than on the unpaired one",
           (("mappfn-pretrained", ("mappfn-unpaired",)),),
@@ -67,7 +67,7 @@ FIGURE_CLAIMS = {  # figure -> what the paper says, what is compared
     "tta": ("TTA improves AUPRC and reduces its variance across resampling seeds (Figure 3)",
             "Augmented against single passes, in AUPRC and in its standard deviation over draws of cells"),
     "context": ("Performance improves monotonically with the number of interventional experiments (Figure 5a)",
-                "W2 with the most experiments against W2 with one"),
+                "W2 with the most experiments against W2 with one (not whether every step between improves)"),
     "cells": ("Performance improves with more cells, without plateauing at the number seen in training (Figure 5b)",
               "W2 with the most cells given against W2 with as many as in training"),
     "coverage": ("The prior covers the range of expression values and perturbation effects observed in both datasets "

@@ -453,15 +453,16 @@ def defined_mean(values: Float[np.ndarray, "X P M"]) -> Float[np.ndarray, "X M"]
     return np.ma.masked_invalid(values).mean(axis=1).filled(np.nan)
 
 
-def row_at(found: list[Unit], points: list[np.ndarray], i: int, sign: int) -> judge.Row:
+def row_at(found: list[Unit], points: list[np.ndarray], i: int, sign: int, fitted_to: int) -> judge.Row:
     """The penalties, `sign` times the first metric, at the i-th value of what varies."""
     pairs = []
     for unit, values in zip(found, points):
         pairs += [pair for pair in zip(unit.keys, sign * values[i, :, 0]) if np.isfinite(pair[1])]
-    return judge.Row({0: judge.averages(pairs)})
+    return judge.Row({0: judge.averages(pairs)}, fitted_to=fitted_to)
 
 
-def improvements(what: str, name: str, x: list, trained: int, found: list[Unit], values: dict[str, list]) -> list[dict]:
+def improvements(what: str, name: str, x: list, trained: int, found: list[Unit], values: dict[str, list],
+                 fitted: dict[str, int] = {}) -> list[dict]:
     """Evidence: by how much the largest value is better than K = 1, the cells of training, or a single pass. The same
     network is compared with itself, in the same conditions."""
     items, start = [], {"context": 1, "cells": trained, "tta": 0}.get(what)
@@ -470,7 +471,7 @@ def improvements(what: str, name: str, x: list, trained: int, found: list[Unit],
         return []
     for label in set(ROWS.values()) & values.keys():
         points, sign = values[label], -1 if what == "tta" else 1
-        item = judge.compare(row_at(found, points, -1, sign), row_at(found, points, first, sign))
+        item = judge.compare(*(row_at(found, points, i, sign, fitted.get(label, 0)) for i in (-1, first)))
         text = "AUPRC, augmented" if what == "tta" else f"{label}: W2 with {x[-1]} against {x[first]}"
         if item:
             items.append({"what": text, "screen": name} | item)
@@ -492,8 +493,10 @@ def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
         s = dataclasses.replace(s, splits=1, draws=s.tta_draws)
     for shown in wide_screens(s) if what == "tta" else chosen(s, s.screens):
         title, lines = f"{shown.screen.made['title']}, {len(shown.screen.genes)} genes", {}
+        fitted = {}
         for row, run in shown.runs.items():
             head, _, guidance = model_of(s, shown.name, run)
+            fitted[ROWS[row]] = sample.fitted_to(of_screen(s, shown.name), head, shown.screen)
             if what == "guidance":
                 lines[f"chosen, {ROWS[row]}"] = guidance
             elif what in ("context", "cells"):
@@ -516,7 +519,7 @@ def compute_sweep(s: Settings, what: str) -> tuple[list, str, list]:
             if np.isfinite(list(curves.values())).any():  # AUPRC of SCM values, or where no gene changes, is not
                 n = len(curves[ROWS[row]])
                 panels.append(Panel(f"{title}\n(n = {n})", xlabel, metric, x, curves, bool(lines), ticks, lines, log))
-        evidence += improvements(what, shown.name, x, head["cells"], found, values)
+        evidence += improvements(what, shown.name, x, head["cells"], found, values, fitted)
     caption = (f"Tasks, noise and {s.cells} true cells a condition are the same for all points. Bars: sd over n "
                "held-out systems, splits and draws" + ", each one's mean level taken out" * bool(lines) + ".")
     return panels, caption + notes, evidence

@@ -22,7 +22,7 @@ import scipy.stats
 from jaxtyping import Float
 
 LEVEL = 0.05   # of significance, after correction
-TRAININGS = 3  # of each of two trained rows, or their comparison is undecided
+TRAININGS = 3  # of each trained row, or its comparisons are undecided
 GOOD = ("better", "on par", "holds")  # outcomes that speak for a claim
 
 
@@ -132,14 +132,13 @@ def compare(row: Row, rival: Row) -> dict | None:
     differences = {key: other[key] - one[key] for key in one if key in other}
     if not differences:
         return None
-    units, values, factor = units_of(differences, float(max(row.fitted_to, rival.fitted_to)))
+    fitted = [each.fitted_to for each in (row, rival) if each.fitted_to]
+    units, values, factor = units_of(differences, float(min(fitted, default=0)))
     parts = []
     if len(values) > 1:
         parts = [(float(values.var(ddof=1)) * factor, len(values) - 1)]
         parts += seeds_part(row, differences.keys()) + seeds_part(rival, differences.keys())
-    trainings = None
-    if row.trained and rival.trained:
-        trainings = min(len(row.by_seed), len(rival.by_seed))
+    trainings = min((len(each.by_seed) for each in (row, rival) if each.trained), default=None)
     return t_test(float(values.mean()), parts) | {"n": len(values), "units": units, "trainings": trainings}
 
 
@@ -180,6 +179,8 @@ def hardest(items: list[dict], margin: float = 0.0) -> dict:
         return scipy.stats.t.sf((item["difference"] + margin) / item["error"], item["df"])
 
     item = dict(max(items, key=lambda item: (chance(item), -item["difference"])))
+    counts = [each["trainings"] for each in items if each["trainings"] is not None]
+    item["trainings"] = min(counts, default=None)
     if item["p"] is not None and item["difference"] < 0:
         item["p"] = min(1.0, len(items) * item["p"])
     return item
@@ -196,7 +197,7 @@ def holm(p: list[float]) -> list[float]:
 
 def decide(items: list[dict], margin: float | None = None) -> list[dict]:
     """The items of one claim on one screen, with Holm's correction over them (`p_holm`) and an `outcome`: better,
-    worse, not told apart; undecided without an error, or with too few trainings of two trained rows.
+    worse, not told apart; undecided without an error, or with too few trainings of a trained row.
 
     With a margin the claim is to be no worse than that: "on par" if the one-sided 95% bound is above -margin.
     """

@@ -68,7 +68,7 @@ class Settings:
     # nothing below changes what is drawn
     name: str = ""  # of the screen; default: linear, grn or grn-unpaired
     out: Path = Path("out")  # everything is below out/<scale>
-    workers: int = os.cpu_count() or 1  # processes that simulate GRNs
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for GRNs
     num_shards: int = 16  # shares of the GRNs, for cluster arrays
     shard: int = -1  # make this share only, and no screen; -1: all, and the screen
 

@@ -91,7 +91,8 @@ prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes
     stage "data: $name-wide" data.py --name "$name-wide" "$@" --splits 1 --genes $((2 * GENES)) "${TO[@]}" \
       || echo "   $name-wide is left out: no test-time augmentation"
   else
-    grep '^error: ' "$note" | tail -n 1 > "$note.1"; mv "$note.1" "$note"; cat "$note" >&2
+    { grep '^error: ' "$note" || echo "error: data.py stopped: $(tail -n 1 "$note")"; } | tail -n 1 > "$note.1"
+    mv "$note.1" "$note"; cat "$note" >&2
     [[ "$*" != *--h5ad* ]] || exit 1  # a file that was given has to be usable; tables tell why a download is missing
   fi
 }

@@ -69,11 +69,11 @@ TABLE = {
         "min_cells":             (20,       200),            # fewest cells of a usable condition
         "splits":                (2,          5),            # random splits into train and test treatments
         "updates":               (32,       800,      375),  # at most [D55]; 3,000 iterations (A.3) [D1]
-        "rates":            ((2e-3,),    (2e-3,)),            # learning rates to choose from [D55]
+        "rates":            ((2e-3,),    (2e-3,),  (1e-4,)),  # learning rates to choose from [D55]
     },
     "finetune": {              # from a pre-trained model (A.3): as "real", but
         "learning_rate":         (1e-3,    1e-3,     5e-5),  # peak (A.3)
-        "rates":            ((1e-3,), (1e-3, 3e-4)),
+        "rates":            ((1e-3,), (1e-3, 3e-4), (5e-5,)),
     },
     "evaluate": {              # sampling, baselines, metrics
         "eval_cells":            (32,       100),            # cells of a population that metrics compare
@@ -173,7 +173,8 @@ DRY = {
     "train": {"updates": 1, "micro_batch": 2, "accumulate": 1, "rates": ()},
     "linear": {"systems": 2, "validation": 0, "test": 1, "seeds": 1},
     "grn": {"systems": 2, "validation": 0, "test": 1, "snapshots": 1},
-    "real": {"splits": 1, "toy_treatments": 20},
+    "real": {"splits": 1, "toy_treatments": 20, "rates": ()},
+    "finetune": {"rates": ()},
     "evaluate": {"draws": 1, "steps": 1, "guidance": 1.0},
     "figures": {"screens": 1, "systems": 1, "tasks": 2, "contexts": (0, 8), "multiples": (1.0,), "weights": (2.0,),
                 "subsets": 3, "tta_draws": 1, "snapshot_tasks": 2, "ode_steps": (1,), "ode_reference": 2, "ode_tasks": 1,

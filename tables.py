@@ -48,8 +48,8 @@ ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
 SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
 JUDGED = ("Differences: positive is better (MR: closer to 1). ± is the standard error, brackets: 95% interval, before "
           "correction; judge.py says what they allow for: conditions, overlapping splits (Nadeau and Bengio, 2003), "
-          "trainings. Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. Two trained "
-          "rows with fewer than three trainings of each are undecided.")
+          "trainings. Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. A trained "
+          "row with fewer than three trainings is undecided; the later ones use what was chosen for the first.")
 
 
 @dataclass(frozen=True)
@@ -332,6 +332,7 @@ def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
     if "real" in claim.wanted:
         waiting |= PAPER.keys() - {"linear"}
     for results in screens:
+        margin = claim.margin.get(results.paper, max(claim.margin.values(), default=0.0))
         real = any(files[0]["metrics"]["log_expression"] for files in results.rows.values())
         wanted = claim.wanted.get(results.paper) or (claim.wanted.get("real", ()) if real else ())
         items, absent = [], []
@@ -339,12 +340,12 @@ def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
             absent += [name for name in (row, *rivals) if name not in results.rows]
             of_row = evidence(results, row, rivals, wanted)
             for comparisons in of_row.values():
-                items.append(judge.hardest(comparisons, claim.margin or 0.0))
+                items.append(judge.hardest(comparisons, margin))
                 if len(claim.pairs) > 1:
                     items[-1]["what"] = f"{ROWS[row]}, {items[-1]['what']}"
         if items:
             waiting.discard(results.paper)
-            outcome = judge.verdict(judge.decide(items, claim.margin))
+            outcome = judge.verdict(judge.decide(items, margin if claim.margin else None))
             if absent:
                 outcome += f" (without {', '.join(ROWS[row] for row in absent)}, not run)"
             found.append({"screen": results.name, "outcome": outcome, "items": items})

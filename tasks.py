@@ -42,6 +42,7 @@ CONTROL = 0  # index of the control condition on the treatment axis
 # to it (B.4). Context experiments are drawn from TRAIN and KNOWN_ONLY conditions.
 USES = ABSENT, TRAIN, VALIDATION, TEST, KNOWN_ONLY = -1, 0, 1, 2, 3
 KNOWN = (TRAIN, KNOWN_ONLY)
+FOLDS = 3  # training conditions that are left out, one after the other, where choices need it
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
     return Task(given, target=drawn[:, 1])
 
 
-def folds(screen: Screen, most: int = 3) -> list[Screen]:
+def folds(screen: Screen, most: int = FOLDS) -> list[Screen]:
     """What settings are chosen on: the screen itself if it has VALIDATION conditions; if not, a screen for each training
     condition, or for `most` of them, evenly spread, which is its one VALIDATION condition and no longer known. Test
     conditions are as they were.

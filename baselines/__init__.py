@@ -76,6 +76,7 @@ METHODS = {  # the simple rows: a class that is fitted to a screen, and predicts
     "bilinear-ridge": simple.BilinearRidge,
     "constant-mean": simple.ConstantMean,
 }
+UNFITTED = ("identity", "target-only")  # of these, what no condition of the screen has a say in
 TRAINED = {
     "cpa": Row("cpa.CPA", of_expression=True),
     "condot": Row("condot.CondOT"),
@@ -183,14 +184,15 @@ def write(s: Settings, row: str, seed: int, split: int, screen: Screen, draws: d
         return
     numbers = s.seed, split, seed, zlib.crc32(row.encode())
     start, baseline, about = time.perf_counter(), None, {}
+    if row in TRAINED or row in METHODS and row not in UNFITTED:
+        about["fitted_to"] = int(known_conditions(screen)[:, 1:].sum())
     if row not in REFERENCES:
         baseline = make(row, s.scale, screen, scales.generator("baseline", *numbers))
     if row in TRAINED:
-        about = {"options": kept["options"], "parameters": baseline.parameters,
-                 "conditions_on": baseline.conditions_on, "trained_seed": seed,
-                 "fitted_to": int(known_conditions(screen)[:, 1:].sum()), "updates": baseline.updates,
-                 "stopped": baseline.stopped, "validation": baseline.validation,
-                 "fit_seconds": round(time.perf_counter() - start, 2)}
+        about |= {"options": kept["options"], "parameters": baseline.parameters,
+                  "conditions_on": baseline.conditions_on, "trained_seed": seed, "updates": baseline.updates,
+                  "stopped": baseline.stopped, "validation": baseline.validation,
+                  "fit_seconds": round(time.perf_counter() - start, 2)}
     for path, (draw, evaluation) in todo.items():
         p = predict(row, baseline, screen, evaluation, scales.generator("baseline", *numbers, draw))
         if not len(p.target):

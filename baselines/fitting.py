@@ -169,7 +169,7 @@ class Fit(NamedTuple):
     """Networks, and how they came about."""
     networks: PyTree               # C copies
     updates: int                   # made
-    stopped: bool                  # had the validation error stopped improving? If not, there were no more updates
+    stopped: bool | None           # had the validation error stopped improving? None: nobody looked
     validation: dict[int, float]   # updates -> error; empty without validation
 
 
@@ -207,7 +207,7 @@ def fit(name: str, step: Step, state: PyTree, data: Cells, length: Length,
     found = f", least validation RMSE {min(errors.values()):.4g}" if errors else ""
     print(f"  {name}: {done} updates{ending}, last losses {losses[-1].mean():.4g}{found}, "
           f"{time.perf_counter() - began:.1f} s", flush=True)
-    return Fit(best, done, stopped, errors)
+    return Fit(best, done, stopped if validate else None, errors)
 
 
 def count_parameters(models: PyTree) -> int:

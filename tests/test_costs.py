@@ -104,8 +104,8 @@ def test_the_page_adds_up_and_compares_with_the_aims(tmp_path):
                        "aims": costs.against_aims(lines[:1] * 2), "cpu": cpu, "disk": {"train": 3e9}})
     assert "| **all** | 3,000 |  | 20.0-60.0 | 4.0-8.0 |" in page and "| figure 3 | 1,000 | 2.0 |" in page
     assert page.count(" h wanted on an ") == 6 and "20.0-60.0 h counted: kept if kernels are fused well" in page
-    assert page.strip().endswith("hang on them.")
+    assert page.strip().endswith("reading them from disk.")
     assert cpu[1] == {"stage": "a, b", "host": 2048e6, "hours": None} and "| a, b | 2.0 |  |" in page
     systems = scales.at("dry", "grn")
     assert cpu[0]["hours"] * 3600 * 4 / counts.os.cpu_count() == pytest.approx(
-        6 * 6120 / sum(systems[name] for name in ("systems", "validation", "test")))
+        9 * 6120 / sum(systems[name] for name in ("systems", "validation", "test")))

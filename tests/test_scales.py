@@ -45,9 +45,9 @@ def test_what_is_given_wins_then_the_table_then_the_paper(argv, genes, context):
 
 
 def test_later_sections_win_and_unknown_scales_are_refused():
-    """Fine-tuning is training on real cells, with another learning rate. The message names the scale that was given."""
+    """Fine-tuning is training on real cells, with other learning rates. The message names the scale that was given."""
     real, tuned = scales.at("paper", "train", "real"), scales.at("paper", "train", "real", "finetune")
-    assert {name for name in tuned if real.get(name) != tuned[name]} == {"learning_rate"}
+    assert {name for name in tuned if real.get(name) != tuned[name]} == {"learning_rate", "rates"}
     assert tuned["learning_rate"] == 5e-5 and scales.at("paper", "no such section") == {}
     for argv in (["--scale", "big"], ["--scale=big"]):
         with pytest.raises(BadInput, match="--scale big"):
