@@ -214,7 +214,7 @@ def write(s: Settings, row: str, seed: int, split: int, screen: Screen, draws: d
 def search(s: Settings, row: str, screen: Screen) -> None:
     """Fit every setting of Table 7's grid, write the RMSE on validation conditions; test conditions are never used.
 
-    Where there is none, each training condition is left out in turn: a setting is fitted once for each of them [D55].
+    Where there is none, training conditions are left out in turn, and a setting is fitted once for each of them [D55].
     """
     grid = trained_class(row).grid
     results = []
