@@ -3,9 +3,9 @@
 Paper: A.3, B.4, Table 7. A screen of real cells may have five training conditions, and a tenth of five is no validation
 condition. So one after the other is left out (`tasks.folds`): a network is trained on the others, and at every one of
 LENGTHS its loss on the one that was left out is noted. The rate whose mean loss over these folds is least after
-FIRST_LOOK, and its best length, are what `train.py` then trains with, on all training conditions; the folds' networks at
-that length choose the weight of guidance, by RMSE, as everywhere (Table 7). Test conditions are never looked at.
-Departure: D55.
+FIRST_LOOK, and its best length, are what `train.py` then trains with, on all training conditions; the networks of the
+folds at that length choose the weight of guidance, by RMSE, as everywhere (Table 7). Test conditions are never looked
+at. Departure: D55.
 
 `train.py --rates 1e-3 3e-4 ...` calls this; it reads a screen, and writes `choice.json` beside the model.
 Laptop scale: one to two minutes a split on two CPU cores.
@@ -15,6 +15,7 @@ Laptop scale: one to two minutes a split on two CPU cores.
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,11 +107,12 @@ def guidance_errors(s: train.Settings, folds: list[Screen], networks: list[eqx.M
 
 
 def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
-    """What `choice.json` holds: `updates`, `learning_rate`, `guidance`, and the losses and errors that they come from.
+    """What `choice.json` holds: `updates`, `learning_rate`, `guidance`, the losses and errors that they come from, and
+    the seconds that it took.
 
     Raises BadInput if the screen has too few training conditions to leave one out.
     """
-    folds = tasks.folds(screen)
+    folds, started = tasks.folds(screen), time.perf_counter()
     if not folds:
         raise scales.BadInput(f"{folder}: too few training conditions to leave one out; train without --rates")
     s = dataclasses.replace(s, context=min(s.context, *map(tasks.most_context, folds)))
@@ -129,12 +131,13 @@ def choose(s: train.Settings, folder: Path, screen: Screen) -> dict:
               "validation_loss": losses}
     evaluate = scales.at(s.scale, "evaluate")
     if evaluate.get("guidance") is not None:  # fixed at this scale
-        return choice | {"guidance": None}
+        return choice | {"guidance": None, "seconds": round(time.perf_counter() - started, 1)}
     static = train.begin(s, folder, screen)[1]
     networks = [eqx.combine(weights, static) for _, weights in found[length]]
     errors = guidance_errors(s, folds, networks, evaluate.get("steps", sample.Settings.steps),
                              evaluate.get("eval_cells", sample.Settings.eval_cells))
-    return choice | {"guidance": min(errors, key=errors.get), "validation_rmse": errors}
+    return choice | {"guidance": min(errors, key=errors.get), "validation_rmse": errors,
+                     "seconds": round(time.perf_counter() - started, 1)}
 
 
 def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:
@@ -160,5 +163,6 @@ def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:
     choice = choose(s, folder, screen) | {"made": made, "revision": scales.revision()}
     with scales.atomic(path) as temporary:
         temporary.write_text(json.dumps(choice, default=str))
-    print(f"{path}: {choice['updates']} updates at {choice['learning_rate']:g}, guidance {choice['guidance']}", flush=True)
+    print(f"{path}: {choice['updates']} updates at {choice['learning_rate']:g}, guidance {choice['guidance']}",
+          flush=True)
     return choice

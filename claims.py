@@ -52,7 +52,7 @@ CLAIMS = [
           {"real": ALL}),
     Claim("On both datasets, pre-trained MapPFN recovers differentially expressed genes zero-shot and on par with the "
           "best baselines trained on real data",
-          "Pre-trained MapPFN is no more than a margin worse than the best published baseline (0.01 on leukemia, else 0.05)",
+          "Pre-trained MapPFN is at most a margin worse than the best published baseline (leukemia 0.01, else 0.05)",
           (("mappfn-pretrained", PUBLISHED),),
           {"real": ("auprc",)}, MARGINS),
     Claim("The paired prior results in a substantial improvement across all metrics on real single-cell data (Table 4)",

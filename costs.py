@@ -321,8 +321,8 @@ seconds of the dry run, start-up and all, times what there is more of.
 
 Host memory is of two systems and of the toy: no bound for 1,000 graphs or for melanoma's 218,000 cells.
 
-Weakest: the two shares and the bytes were not measured on a GPU, which fuses otherwise; most hours hang on them. Drawing
-256 tasks on the host is not counted, nor is reading them from disk.
+Weakest: the two shares and the bytes were not measured on a GPU, which fuses otherwise; most hours hang on them.
+Drawing 256 tasks on the host is not counted, nor is reading them from disk.
 """
 
 
@@ -338,7 +338,8 @@ def page(d: dict) -> str:
         text.append(f"| {line['stage']} | {line['flops'] / 1e15:,.0f} | {memory} | {range_of(line['A100'])} | "
                     f"{range_of(line['H100'])} |")
     text += ["", *(f"- {sentence}" for sentence in (*d["aims"], three_trainings(d["gpu"]))), "",
-             f"| Stage of the dry run | its host memory [GB] | on {CORES} cores at paper scale [h] |", "|---|---:|---:|"]
+             f"| Stage of the dry run | its host memory [GB] | on {CORES} cores at paper scale [h] |",
+             "|---|---:|---:|"]
     for line in d["cpu"]:
         hours = "" if line["hours"] is None else f"{line['hours']:.2f}"
         text.append(f"| {line['stage']} | {line['host'] / 1e9:.1f} | {hours} |")

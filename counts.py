@@ -91,7 +91,8 @@ def training(title: str, s: train.Settings, genes: int, runs: int) -> Stage:
     trained to the full length for each rate and each condition that is left out."""
     trained = s.updates * s.accumulate * s.micro_batch
     validated = s.updates // s.validate_every * VALIDATION_TASKS
-    return Stage(title, shape_of(s, genes, s.cells), runs * trained * (1 + tasks.FOLDS * len(s.rates)), runs * validated)
+    fits = 1 + tasks.FOLDS * len(s.rates)  # with those that choose
+    return Stage(title, shape_of(s, genes, s.cells), runs * trained * fits, runs * validated)
 
 
 def trainings() -> list[Stage]:

@@ -179,7 +179,8 @@ def precision_recall_area(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.nda
 
 def pseudo_values(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.ndarray, "P D"]) -> Float[np.ndarray, "P"]:
     """Jackknife: P times the area minus P - 1 times the one without condition i, for each i; NaN where that is not
-    defined, and everywhere if all that is to be found is in one condition. Each says what its condition contributes; their spread gives the error of the area (Tukey, 1958)."""
+    defined, and everywhere if all that is to be found is in one condition. Each says what its condition contributes;
+    their spread gives the error of the area (Tukey, 1958)."""
     conditions, found = len(truth), []
     whole = precision_recall_area(truth, score)
     if truth.any(axis=1).sum() < 2:  # what the others contribute says nothing of its spread

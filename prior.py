@@ -257,7 +257,7 @@ class Network:
 
 def sample_network(rng: np.random.Generator, genes: int,
                    dropout: tuple[float, float] = Settings.dropout) -> Network:
-    """A random graph with kinetic and technical parameters from the ranges of Table 6; `dropout`: that of a percentile."""
+    """A random graph with kinetic and technical parameters from the ranges of Table 6; `dropout`: its percentiles."""
     parents = sample_grn_graph(rng, genes)
     return Network(
         strength=parents * rng.uniform(1.0, 5.0, parents.shape),
@@ -269,8 +269,8 @@ def sample_network(rng: np.random.Generator, genes: int,
         # condition; here: one per GRN in both, so that the ablation changes the noise and nothing else.
         process_noise=rng.uniform(0.5, 1.5),
         outlier=rng.uniform(0.8, 5.0),
-        # [D51] paper: mu_lib is of a cell of 50 genes; here: as many counts a gene whatever their number, since 20 genes
-        # that share the counts of 50 are 2.5 times too bright. Nothing changes at the paper's 50.
+        # [D51] paper: mu_lib is of a cell of 50 genes; here: as many counts a gene whatever their number, since 20 that
+        # share the counts of 50 are 2.5 times too bright. Nothing changes at the paper's 50.
         library=(rng.uniform(4.5, 6.0) + np.log(genes / 50), rng.uniform(0.3, 0.7)),
         # Paper: "dropout percentile" 8 and "temperature" 45-82; released code, here: the other way round, which is
         # what SERGIO means by them: steepness 8, percentile 45-82.

@@ -303,7 +303,8 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     key = scales.key("sampling", s.seed, job.split, job.draw)
     cells = generate(network, evaluation.given, guidance, s.steps, key=key)
     cells, clipped = clip_expression(cells, screen.log_expression)
-    training = head | {"seconds": train.seconds(job.file.with_name("log.csv"))}
+    spent = train.seconds(job.file.with_name("log.csv")) + head.get("choice_seconds", 0)
+    training = head | {"seconds": spent}
     meta = {"screen": s.screen, "title": screen.made["title"], "paper": screen.made.get("paper"), "row": job.row,
             "split": job.split, "draw": job.draw, "seed": s.seed, "scale": s.scale, "revision": scales.revision(),
             "settings": settings, "fingerprint": screen.made["fingerprint"], "genes": screen.genes, "model": job.run,

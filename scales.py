@@ -167,8 +167,8 @@ TABLE = {
     },
 }
 
-# What `dry` changes of `paper`: how many of everything, and no shape of a task, a cell or a network. Evaluations are few,
-# because one at the paper's size takes seconds on a CPU, and `costs.py` multiplies.
+# What `dry` changes of `paper`: how many of everything, and no shape of a task, a cell or a network. Evaluations are
+# few, because one at the paper's size takes seconds on a CPU, and `costs.py` multiplies.
 DRY = {
     "train": {"updates": 1, "micro_batch": 2, "accumulate": 1, "rates": ()},
     "linear": {"systems": 2, "validation": 0, "test": 1, "seeds": 1},
@@ -177,8 +177,8 @@ DRY = {
     "finetune": {"rates": ()},
     "evaluate": {"draws": 1, "steps": 1, "guidance": 1.0},
     "figures": {"screens": 1, "systems": 1, "tasks": 2, "contexts": (0, 8), "multiples": (1.0,), "weights": (2.0,),
-                "subsets": 3, "tta_draws": 1, "snapshot_tasks": 2, "ode_steps": (1,), "ode_reference": 2, "ode_tasks": 1,
-                "grns": 2},
+                "subsets": 3, "tta_draws": 1, "snapshot_tasks": 2, "ode_steps": (1,), "ode_reference": 2,
+                "ode_tasks": 1, "grns": 2},
     "cpa": {"updates": 50},
     "condot": {"updates": 50},
     "mfm": {"updates": 50, "conditions": 1},

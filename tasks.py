@@ -163,9 +163,9 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
 
 
 def folds(screen: Screen, most: int = FOLDS) -> list[Screen]:
-    """What settings are chosen on: the screen itself if it has VALIDATION conditions; if not, a screen for each training
-    condition, or for `most` of them, evenly spread, which is its one VALIDATION condition and no longer known. Test
-    conditions are as they were.
+    """What settings are chosen on: the screen itself if it has VALIDATION conditions; if not, a screen for each of the
+    training conditions, or for `most` of them, evenly spread: its one VALIDATION condition, and no longer known.
+    Test conditions are as they were.
 
     [D55] paper: a tenth of the training conditions, which is none of five; released code: the same; here: then one
     after the other is left out, three to save time. A system that would have no known condition left keeps its own.

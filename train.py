@@ -444,8 +444,7 @@ def sections(s: Settings) -> tuple[str, ...]:
 
 
 def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
-    """The settings of a run as far as its screen has a say, K and what choose.py chooses, and what its header says of it.
-    """
+    """The settings of a run where its screen has a say, K and what choose.py chooses; what the header says of that."""
     about, most = {}, s.context
     if (screen.split == TRAIN).any():
         most = tasks.most_context(screen)
@@ -457,6 +456,7 @@ def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
 
         choice = choose.chosen(s, folder, screen)
         about["stopped"] = choice["stopped"]  # had the validation loss stopped improving?
+        about["choice_seconds"] = choice["seconds"]
         s = dataclasses.replace(s, **{name: choice[name] for name in ("updates", "learning_rate", "guidance")})
     return s, about
 

@@ -18,8 +18,8 @@ from tasks import KNOWN_ONLY, TEST, TRAIN, VALIDATION
 def settings(tmp_path, like):
     """Training on one system of five treatments, of which none is for validation."""
     write_linear(tmp_path / "laptop" / "screens" / "five", systems=1, validation=0, test=1)
-    return like(scale="laptop", screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1, skip=False,
-                out=tmp_path)
+    return like(scale="laptop", screen="five", name="five", rates=(3e-3, 1e-3), updates=64, context=4, depth=1,
+                skip=False, out=tmp_path)
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_each_training_condition_is_left_out_once(place, trained):
 
 
 def test_the_least_loss_and_error_are_chosen(settings, place):
-    """The chosen rate has the least loss of the first look, the chosen length the least of its own, the chosen guidance the
-    least error. The test conditions' cells have no say."""
+    """The chosen rate has the least loss of the first look, the chosen length the least of its own, the chosen guidance
+    the least error. The test conditions' cells have no say."""
     folder, screen = place
     settings = dataclasses.replace(settings, updates=32)
     choice = choose.choose(settings, folder, screen)
@@ -62,7 +62,8 @@ def test_the_least_loss_and_error_are_chosen(settings, place):
     cells = np.array(screen.cells)
     for s, t in np.argwhere(screen.split == TEST).tolist():
         cells[screen.start[s, t] : screen.start[s, t] + screen.count[s, t]] = np.nan
-    assert choose.choose(settings, folder, dataclasses.replace(screen, cells=cells)) == choice
+    again = choose.choose(settings, folder, dataclasses.replace(screen, cells=cells))
+    assert again | {"seconds": choice["seconds"]} == choice
 
 
 def test_no_more_experiments_than_there_are(settings, place, capsys):
@@ -76,7 +77,8 @@ def test_no_more_experiments_than_there_are(settings, place, capsys):
 def test_what_brings_nothing_stops(settings, place, monkeypatch):
     """Once the loss has not fallen for PATIENCE lengths, longer ones are not tried."""
     folder, screen = place
-    monkeypatch.setattr(choose.train, "make_validation", lambda *a: lambda state, batch: float(abs(int(state.update) - 4)))
+    least_at_four = lambda state, batch: float(abs(int(state.update) - 4))
+    monkeypatch.setattr(choose.train, "make_validation", lambda *a: least_at_four)
     found = choose.snapshots(dataclasses.replace(settings, context=3), folder, tasks.folds(screen))
     assert list(found) == [2, 4, 8, 16]
 
@@ -84,7 +86,7 @@ def test_what_brings_nothing_stops(settings, place, monkeypatch):
 def test_a_choice_is_kept_and_used_again(settings, place, monkeypatch):
     """It is made once; another seed's run uses it by name; other settings and damaged files are refused by name."""
     folder, screen = place
-    made = {"updates": 7, "learning_rate": 1e-3, "guidance": 1.5}
+    made = {"updates": 7, "learning_rate": 1e-3, "guidance": 1.5, "seconds": 3.0}
     monkeypatch.setattr(choose, "choose", lambda *a: made)
     assert made.items() <= choose.chosen(settings, folder, screen).items()
     monkeypatch.delattr(choose, "choose")

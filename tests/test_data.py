@@ -353,7 +353,7 @@ def test_download_without_network(tmp_path, monkeypatch, prepare):
 
 
 def test_pertpy_has_what_is_downloaded():
-    """Each file of DOWNLOADS is fetched by a function of pertpy of that name, from the address that the message gives."""
+    """Each file of DOWNLOADS is fetched by a function of pertpy of that name, from the address in the message."""
     found = importlib.util.find_spec("pertpy")
     if found is None:
         pytest.skip("pertpy is not installed")
@@ -373,7 +373,8 @@ def test_melanoma_is_read_as_scperturb_has_it(tmp_path, prepare):
     cells.write_h5ad(tmp_path / data.DOWNLOADS["melanoma"][0])
     (path,) = prepare(h5ad=None, dataset="melanoma", data_dir=tmp_path)
     screen = load_screen(path)
-    assert screen.systems == ("Co-culture", "Control", "IFN\u03b3") and screen.treatment_names == ("control", *NAMES[:6])
+    assert screen.systems == ("Co-culture", "Control", "IFN\u03b3")
+    assert screen.treatment_names == ("control", *NAMES[:6])
     assert screen.made["holdout"] == "IFN\u03b3" and (screen.split[2] == TEST).sum() == 3
     assert not (screen.split[:2] == TEST).any() and screen.made["paper"] == "melanoma"
 

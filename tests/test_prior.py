@@ -242,8 +242,8 @@ def test_only_the_noise_differs_in_the_ablation(monkeypatch):
 
 
 def test_parameters_stay_in_the_ranges_of_table_6():
-    """Strengths, Hill coefficients, decays and noise of 100 networks fill the paper's ranges and do not leave them. With
-    fewer genes than the paper's 50 a cell has fewer counts, as many for each gene."""
+    """Strengths, Hill coefficients, decays and noise of 100 networks fill the paper's ranges and do not leave them.
+    With fewer genes than the paper's 50 a cell has fewer counts, as many for each gene."""
     networks = [prior.sample_network(rng(seed), 50) for seed in range(100)]
     drawn = {(1, 5): [], (0.5, 1): [], (45, 82): [], (0.5, 1.5): [], (0.8, 5): [], (4.5, 6): [], (0.3, 0.7): []}
     for n in networks:
@@ -260,7 +260,7 @@ def test_parameters_stay_in_the_ranges_of_table_6():
 
 
 def test_zeros_reach_those_of_real_screens():
-    """With the range of the smaller scales, networks have from less than 20% zeros, fewer than real screens, to more than
+    """With the range of the smaller scales, networks have from less than 20% zeros, fewer than real screens, to over
     65%; with the paper's none has less than 40%."""
     shares = {}
     for low in (0.0, 45.0):
