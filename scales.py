@@ -138,7 +138,7 @@ TABLE = {
         "learning_rate":         (1e-3,    1e-3),
     },
     "mfm-linear": {            # linear SCMs
-        "updates":               (50,    10_000,   25_000),  # (released code) [D37]
+        "updates":               (50,    30_000,   25_000),  # (released code) [D37]
         "batch":                 (16,        32,      500),  # (released code)
         "validate_every":        (50,       500),
         "patience":              (1,         12),            # its validation error jumps up and down
