@@ -218,9 +218,8 @@ def baseline_lines(s: Settings) -> list[dict]:
         screen = tasks.load_screen(folder)
         for row in baselines.default_rows(screen):
             if row in baselines.TRAINED:
-                once = baselines.TRAINED[row].once
                 updates, number, work = baseline_update(row, screen)
-                fits = splits * (1 if once else seeds)
+                fits = splits * seeds
                 line = {"stage": f"baselines: {title}", "flops": work * updates * fits}
                 for gpu, peak in GPUS.items():
                     seconds = max(work / (peak["float32"] * PRODUCTS), number * KERNELS * LAUNCH)

@@ -120,7 +120,7 @@ TABLE = {
         "learning_rate":         (1e-3,    1e-3),
     },
     "condot-linear": {         # linear SCMs
-        "updates":               (50,    10_000,   50_000),  # (released code)
+        "updates":               (50,    20_000,   50_000),  # (released code)
         "batch":                 (32,        64,      500),  # (released code)
         "validate_every":        (50,       400),
     },

@@ -36,8 +36,8 @@ PAPER_TITLES = {"linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia
                 "melanoma": "Table 3. Melanoma (Frangieh et al., 2021)"}
 ROWS = {  # in the order of the tables
     "cpa": "CPA", "condot": "CondOT", "mfm": "MFM", "cellflow": "CellFlow", "state": "STATE",
-    "condot-identity": "CondOT, identity init", "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)",
-    "mappfn-pretrained": "MapPFN (pre-trained)", "mappfn-finetuned": "MapPFN (fine-tuned)",
+    "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)", "mappfn-pretrained": "MapPFN (pre-trained)",
+    "mappfn-finetuned": "MapPFN (fine-tuned)",
     "mappfn-unpaired": "– paired prior", "mappfn-no-context": "– interventional context",
     "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
     "target-only": "Target only", "system-mean": "System mean effect", "additive": "Additive",

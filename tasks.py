@@ -178,8 +178,13 @@ def folds(screen: Screen, most: int = FOLDS) -> list[Screen]:
             split = screen.split.copy()
             split[s, 1 + t] = VALIDATION
             found.append(dataclasses.replace(screen, split=split))
-    spread = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
-    return [found[i] for i in spread.tolist()]
+    return evenly(found, most)
+
+
+def evenly(items: list, most: int) -> list:
+    """At most so many of the items, evenly spread."""
+    spread = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in spread.tolist()]
 
 
 # ------------------------------------------------------------------------------------------- what is evaluated (B.4)

@@ -62,9 +62,7 @@ class Baseline(Protocol):
 class Row(NamedTuple):
     """A trained row of the tables."""
     method: str                  # file and class; the file is also its section of the table of scales
-    options: dict = {}           # in which the row differs from the method's defaults
     of_expression: bool = False  # made for expression: left out on other data, as in Table 2
-    once: bool = False           # in no claim: one training is enough
 
 
 METHODS = {  # the simple rows: a class that is fitted to a screen, and predicts
@@ -83,7 +81,6 @@ TRAINED = {
     "mfm": Row("mfm.MFM"),
     "cellflow": Row("cellflow.CellFlow", of_expression=True),
     "state": Row("state.State", of_expression=True),
-    "condot-identity": Row("condot.CondOT", {"identity_init": True}, once=True),  # the paper's [D36]
 }
 
 # Rows that are handed true cells. [D33] paper: "observed"; released code: a second draw from the pool that
@@ -110,13 +107,13 @@ def trained_class(row: str) -> type:
 
 
 def options_of(row: str, scale: str, section: str, **changes):
-    """Options of a trained row: the method's own, changed by the table of scales, the row, and `changes`.
+    """Options of a trained row: the method's own, changed by the table of scales and by `changes`.
 
     `section` is that of the screen: linear SCMs have other numbers of updates (section "condot-linear").
     """
     method = TRAINED[row].method.split(".")[0]
     changed = scales.at(scale, method, f"{method}-{section}")
-    return trained_class(row).Options(**changed | TRAINED[row].options | changes)
+    return trained_class(row).Options(**changed | changes)
 
 
 def make(row: str, scale: str, screen: Screen, rng: np.random.Generator, **changes) -> Baseline:
@@ -237,7 +234,7 @@ def search(s: Settings, row: str, screen: Screen) -> None:
 
 def searched_rows(s: Settings) -> list[str]:
     """The rows that have a grid. Raises BadInput if another one was asked for."""
-    have = [row for row in TRAINED if not TRAINED[row].options and trained_class(row).grid]
+    have = [row for row in TRAINED if trained_class(row).grid]
     for row in s.methods:
         if row not in have:
             raise BadInput(f"--search --methods {row}: Table 7 has a grid for {' and '.join(have)} only")
@@ -268,6 +265,6 @@ def main() -> None:
         for _, draw, screen, evaluation in group:
             draws[draw] = evaluation
         for row in s.methods or default_rows(screen):
-            seeds = s.seeds if row in TRAINED and not TRAINED[row].once else 1
+            seeds = s.seeds if row in TRAINED else 1
             for seed in range(seeds):
                 write(s, row, seed, split, screen, draws)

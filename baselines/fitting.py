@@ -247,13 +247,6 @@ class LeftOut(NamedTuple):
     treated: Float[np.ndarray, "n D"]
 
 
-def some(items: list, most: int) -> list:
-    """At most so many of the items, evenly spread."""
-    if len(items) <= most:
-        return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
 def copies(screen: Screen) -> list[Screen]:
     """What each copy of the networks is trained on; the last is the screen itself."""
     folds = tasks.folds(screen)
@@ -269,7 +262,7 @@ def validation_conditions(screens: list[Screen]) -> list[LeftOut]:
         for s, t in np.argwhere((screen.split == VALIDATION) & (screen.count > 0)).tolist():
             found.append((number, s, t))
     conditions = []
-    for number, s, t in some(found, MOST_CONDITIONS):
+    for number, s, t in tasks.evenly(found, MOST_CONDITIONS):
         screen = screens[number]
         controls = screen.pool(s, CONTROL)
         controls = controls[tasks.draw(rng, len(controls), CELLS)]

@@ -295,8 +295,7 @@ def test_all_methods_are_given_the_same_graphs(tmp_path):
 OPTIONS = {  # small; one for all fits, so that each step is compiled once
     "cpa": cpa.Options(width=32, latent=4, adversary_width=16, updates=800, batch=64, learning_rate=5e-3,
                        embedding_gain=10.0),
-    "condot": condot.Options(updates=600, batch=32, learning_rate=3e-3, inner=5, hidden=16, layers=2,
-                             identity_init=True),
+    "condot": condot.Options(updates=600, batch=32, learning_rate=3e-3, inner=5, hidden=16, layers=2),
     "mfm": mfm.Options(neighbours=3, embedding=8, width=32, layers=3, features=8, updates=300, batch=16, conditions=4,
                        learning_rate=5e-3),
     "cellflow": cellflow.Options(embedding=8, width=32, layers=2, updates=300, batch=16, conditions=4,
