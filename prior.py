@@ -54,7 +54,7 @@ from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION
 @dataclass(frozen=True)
 class Settings:
     """Simulate a prior. Defaults are the paper's for GRNs; `python scales.py` lists what linear and --scale change."""
-    what: Positional[Literal["linear", "grn"]]  # which prior
+    what: Positional[Literal["linear", "grn", "causal"]]  # which prior
     scale: str = "laptop"  # column of the table in scales.py
     genes: int = 50  # genes, or variables, D (B.2)
     systems: int = 6000  # random GRNs, or DAGs, to train on (B.2)
@@ -338,6 +338,32 @@ def simulate_grn(seed: int, genes: int, population: int, unpaired: bool, index: 
     return network, counts
 
 
+# ------------------------------------------------------------- the same with effects that propagate (simulator.py)
+
+REPRESSES = 0.3  # share of edges; in sergio-rs as released all activate
+
+
+def simulate_causal(seed: int, genes: int, population: int, index: int,
+                    dropout: tuple[float, float]) -> list[Integer[np.ndarray, "N D"]]:
+    """GRN number `index` of the prior "causal" (simulator.py): counts of its control and of each knock-out.
+
+    Graphs and ranges are those of the paper's prior (Tables 5 and 6), but some edges repress, Hill coefficients are not
+    truncated, and knock-outs reach what is downstream. Cell n of a condition is the twin of cell n of every other.
+    """
+    import simulator  # here, so that the workers of the other prior need no JAX
+
+    rng = scales.generator("prior", seed, index)
+    network = sample_network(rng, genes, dropout)
+    signs = np.where(rng.random((genes, genes)) < REPRESSES, -1.0, 1.0)
+    low, high = rng.uniform(0.5, 2.0, genes), rng.uniform(3.0, 5.0, genes)  # b of Table 6: one or the other
+    basal = np.where(network.strength.any(axis=1), 0.0, np.where(rng.random(genes) < 0.5, low, high))
+    hill = rng.uniform(1.5, 2.5, (genes, genes))
+    kinetics = simulator.pack(network.strength * signs, hill, basal, network.decay, network.process_noise)
+    key = scales.key("prior", seed, index)
+    expression = np.asarray(simulator.knock_outs(kinetics, population, key=key), np.float64)
+    return list(simulator.technical_noise(rng, expression, network.outlier, network.library, network.dropout))
+
+
 # -------------------------------------------------------------------------------- many GRNs, resumed after a kill
 
 
@@ -350,7 +376,10 @@ def grn_path(s: Settings, number: int) -> Path:
 def write_grn(s: Settings, number: int) -> None:
     """Simulate one GRN and keep its raw counts."""
     population = s.population if number < s.systems else s.test_population
-    _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number, s.dropout)
+    if s.what == "causal":
+        conditions = simulate_causal(s.seed, s.genes, population, number, s.dropout)
+    else:
+        _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number, s.dropout)
     count = list(map(len, conditions))
     cells = np.concatenate(conditions)
     cells = cells.astype(np.min_scalar_type(cells.max(initial=0)))  # most counts fit in one or two bytes
@@ -405,6 +434,10 @@ def make_grn(s: Settings, folder: Path) -> None:
         minutes = (time.perf_counter() - start) * len(todo) / s.workers / 60
         print(f"{1 + len(todo)} GRNs of {1 + s.genes} conditions: about {minutes:.1f} minutes on {s.workers} processes",
               flush=True)
+    if s.what == "causal":  # all cores, or a GPU, are at work on one
+        for number in tqdm(todo, unit=" GRNs", smoothing=0):
+            write_grn(s, number)
+        todo = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(s.workers, spawn, initializer=die_with_parent) as pool:
         done = pool.map(write_grn, [s] * len(todo), todo)
@@ -428,7 +461,8 @@ def make_grn(s: Settings, folder: Path) -> None:
             yield normalise(read_grn(s, number)[1], median)
 
     values = np.ones((len(kept), s.genes), np.float32)  # a knock-out is 1 in the one-hot
-    made = {"title": "Gene regulatory networks (SERGIO)" + ", unpaired" * s.unpaired, "section": s.what}
+    kind = "causal" if s.what == "causal" else "SERGIO" + ", unpaired" * s.unpaired
+    made = {"title": f"Gene regulatory networks ({kind})", "section": "grn"}
     write(s, folder, blocks(), count[kept], values, part[kept], True, made)
     shutil.rmtree(grn_path(s, 0).parent)
 
@@ -454,13 +488,15 @@ def check(s: Settings) -> None:
     scales.check_name(s.name)
     if not -1 <= s.shard < s.num_shards:
         raise BadInput(f"--shard {s.shard}: expected 0 to {s.num_shards - 1}, or -1 for all")
-    if s.what == "linear" and (s.unpaired or s.shard >= 0):
-        raise BadInput("--unpaired and --shard: linear SCMs have neither, only GRNs do")
+    if s.what == "linear" and s.shard >= 0:
+        raise BadInput("--shard: only for GRNs")
+    if s.what != "grn" and s.unpaired:
+        raise BadInput("--unpaired: only for the prior grn")
 
 
 def main() -> None:
     """Make the screen, unless it is there already."""
-    s = scales.parse(Settings, lambda s: (s.what,))
+    s = scales.parse(Settings, lambda s: ("linear" if s.what == "linear" else "grn",))
     check(s)
     folder = screen_folder(s)
     if folder.exists():

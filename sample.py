@@ -50,6 +50,7 @@ class Settings(EvaluationSettings):
     model: tuple[str, ...] = ()  # runs of train.py, each as ROW=RUN, or RUN: then the row of the tables has its name
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 25  # Dopri5 steps of the flow [D9]
+    counterfactual: bool = False  # what becomes of each control cell, not new cells
 
 
 AT_ONCE = 16  # tasks that a GPU solves at a time: one alone leaves most of it idle
@@ -59,38 +60,57 @@ CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: wha
 
 
 def guided_velocity(network: eqx.Module, condition: PyTree, guidance: float | Array, y: Float[Array, "N D"],
-                    tau: Float[Array, ""]) -> Float[Array, "N D"]:
-    """Classifier-free guidance (Ho & Salimans, 2021): v_null + omega (v_condition - v_null), both in one batch."""
-    def velocity(drop):
+                    tau: Float[Array, ""], instead: PyTree | None = None) -> Float[Array, "N D"]:
+    """Classifier-free guidance (Ho & Salimans, 2021): v_null + omega (v_condition - v_null), both in one batch.
+
+    `instead`: a condition whose velocity takes the place of v_null.
+    """
+    def velocity(condition, drop):
         return network(y, tau, condition, drop)
 
     if isinstance(guidance, float) and guidance == 1:  # half of the work
-        return velocity(jnp.array(False))
-    unconditional, conditional = jax.vmap(velocity)(jnp.array([True, False]))
+        return velocity(condition, jnp.array(False))
+    if instead is None:
+        unconditional, conditional = jax.vmap(velocity, (None, 0))(condition, jnp.array([True, False]))
+    else:
+        both = jax.tree.map(lambda *pair: jnp.stack(pair), instead, condition)
+        unconditional, conditional = jax.vmap(velocity, (0, None))(both, jnp.array(False))
     return unconditional + guidance * (conditional - unconditional)
 
 
-def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int, *,
-         key: PRNGKeyArray) -> Float[Array, "N D"]:
+def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int,
+         counterfactual: bool = False, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
+
+    `counterfactual`: what each control cell would be under the query, not new cells. The flow can be inverted, so the
+    noise that a cell comes from is found by solving from 1 to 0 without a knock-out (abduction); from there on the
+    query acts, and guidance exaggerates how it differs from no knock-out. What the network gets wrong about a screen
+    cancels: a query of no knock-out returns the cell.
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from
     which no value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
     """
     key_noise, key_slots = jr.split(key)
-    condition = model.prepare(network, given, key=key_slots)
-    noise = jr.normal(key_noise, (cells, given.controls.shape[-1]))
+    condition, instead = model.prepare(network, given, key=key_slots), None
+    start = jr.normal(key_noise, (cells, given.controls.shape[-1]))
 
-    def velocity(tau, y, _):
-        return guided_velocity(network, condition, guidance, y, tau)
+    def solve(y, begin, end, condition, guidance, instead):
+        def velocity(tau, y, _):
+            return guided_velocity(network, condition, guidance, y, tau, instead)
 
-    solution = diffrax.diffeqsolve(diffrax.ODETerm(velocity), diffrax.Dopri5(), t0=0.0, t1=1.0, dt0=1 / steps,
-                                   y0=noise, max_steps=steps + 1, throw=False)  # what fails is not finite, and refused
-    return solution.ys[-1]
+        solution = diffrax.diffeqsolve(diffrax.ODETerm(velocity), diffrax.Dopri5(), t0=begin, t1=end, y0=y,
+                                       dt0=(end - begin) / steps, max_steps=steps + 1, throw=False)
+        return solution.ys[-1]  # what fails is not finite, and refused
+
+    if counterfactual:
+        instead = model.prepare(network, given._replace(query=jnp.zeros_like(given.query)), key=key_slots)
+        start = solve(given.controls, 1.0, 0.0, instead, 1.0, None)
+    return solve(start, 0.0, 1.0, condition, guidance, instead)
 
 
 @eqx.filter_jit
-def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int, keys: Array) -> Array:
+def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int, keys: Array,
+          counterfactual: bool = False) -> Array:
     """`flow` of some tasks, as many on each device."""
     parameters, static = eqx.partition(network, eqx.is_array)
     mesh, share = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
@@ -100,7 +120,7 @@ def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int
         network = eqx.combine(parameters, static)
 
         def one(given, key):
-            return flow(network, given, guidance, steps, cells, key=key)
+            return flow(network, given, guidance, steps, cells, counterfactual, key=key)
 
         if len(mine[1]) == 1:  # as below, without an axis of one, which is faster on a CPU
             given, key = jax.tree.map(lambda x: x[0], mine)
@@ -111,8 +131,10 @@ def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int
 
 
 def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: int = 25, cells: int | None = None,
-             at_once: int | None = None, *, key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
-    """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise.
+             at_once: int | None = None, counterfactual: bool = False, *,
+             key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
+    """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise; or, if
+    `counterfactual`, what becomes of each control cell (`flow`).
 
     A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
     Each device solves `at_once` tasks at a time; by default AT_ONCE on a GPU, and one on a CPU's core.
@@ -134,7 +156,7 @@ def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: in
         # Always as many tasks at a time, the last one again if need be, so that another P compiles nothing.
         turn = np.minimum(np.arange(first, first + together), count - 1)
         some = Given(*(field[turn] for field in given))
-        found.append(flows(network, some, omega, steps, cells or given.controls.shape[1], keys[turn]))
+        found.append(flows(network, some, omega, steps, cells or given.controls.shape[1], keys[turn], counterfactual))
     return np.concatenate(found)[:count]
 
 
@@ -301,7 +323,7 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     context = min(head["context"], most_experiments(screen))
     evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
     key = scales.key("sampling", s.seed, job.split, job.draw)
-    cells = generate(network, evaluation.given, guidance, s.steps, key=key)
+    cells = generate(network, evaluation.given, guidance, s.steps, counterfactual=s.counterfactual, key=key)
     cells, clipped = clip_expression(cells, screen.log_expression)
     spent = train.seconds(job.file.with_name("log.csv")) + head.get("choice_seconds", 0)
     training = head | {"seconds": spent}

@@ -133,19 +133,22 @@ def experiments(rng: np.random.Generator, screen: Screen, s: int, t: int, contex
 
 
 def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: Screen, batch: int, cells: int,
-                 context: int, split: int = TRAIN, permute: bool = False) -> Task:
+                 context: int, split: int = TRAIN, permute: bool = False, no_knock_out: float = 0.0) -> Task:
     """B tasks of N = `cells` and K = `context` (Algorithm 1; B.4). The query is drawn uniformly from the conditions of
     `split`, the context experiments from the known conditions of its system, and all cells afresh.
 
     `rng` is one generator, or one for each task, whose tasks then do not depend on how many are drawn together.
     `permute`: each task has its genes in an order of its own, in all that it holds. [D52] paper, released code: no;
     here: a setting of train.py, because in a prior an index means nothing.
+    `no_knock_out`: share of tasks whose query is none, all zeros, and whose target is control cells.
     Raises BadInput as `queries` does.
     """
     found = queries(screen, context, split)
     rows, treatments, orders = [], [], []
     for task_rng in rng if isinstance(rng, list) else [rng] * batch:
         s, t = found[task_rng.integers(len(found))].tolist()
+        if no_knock_out and task_rng.random() < no_knock_out:
+            t = CONTROL
         chosen = np.concatenate([[CONTROL, t], experiments(task_rng, screen, s, t, context)])
         rows.append([screen.start[s, i] + draw(task_rng, int(screen.count[s, i]), cells) for i in chosen])
         treatments.append(screen.treatments[s, chosen])

@@ -65,6 +65,8 @@ class Settings(Architecture):
     # tasks
     cells: int = 200  # N (B.3)
     context: int = 8  # K (B.2)
+    target_cells: int = 0  # that the loss is of, where a network needs many cells given and few to learn from; 0: N
+    no_knock_out: float = 0.0  # share of tasks whose query is none: counterfactual cells start from that (sample.py)
     permute_genes: bool = False  # each task's genes in an order of its own; for priors, whose genes have no names [D52]
     # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
     updates: int = 50_000  # optimiser steps: 400k micro-batches (A.2)
@@ -226,7 +228,9 @@ def update_tasks(s: Settings, screen: Screen, update: int, share: range | None =
     generators = []
     for i in range(s.accumulate):
         generators += [scales.generator("tasks", s.seed, update, i * s.micro_batch + j) for j in share]
-    batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, s.context, permute=s.permute_genes)
+    batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, s.context, permute=s.permute_genes,
+                               no_knock_out=s.no_knock_out)
+    batch = batch._replace(target=batch.target[:, : s.target_cells or s.cells])
     return jax.tree.map(lambda x: x.reshape(s.accumulate, len(share), *x.shape[1:]), batch)
 
 
@@ -361,10 +365,11 @@ def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
 def check(s: Settings) -> None:
     """Raise BadInput for a setting that cannot be used, before any work."""
     scales.check_least(s, {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0,
-                           "log_every": 1, "validate_every": 1, "snapshots": 0, "learning_rate": 1e-12, "clip": 1e-12})
+                           "target_cells": 0, "log_every": 1, "validate_every": 1, "snapshots": 0,
+                           "learning_rate": 1e-12, "clip": 1e-12})
     if s.seed >= SPLIT_SEEDS:
         raise BadInput(f"--seed {s.seed}: expected less than {SPLIT_SEEDS}")
-    for name in ("warmup", "decay", "drop_condition"):
+    for name in ("warmup", "decay", "drop_condition", "no_knock_out"):
         if not 0 <= getattr(s, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
     if not 0 <= s.ema < 1:

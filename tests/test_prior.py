@@ -321,6 +321,18 @@ def test_grn_screen_is_normalised_log_expression(tmp_path):
     assert (screen.split[4] == VALIDATION).sum() == (screen.split[5] == TEST).sum() == 2
 
 
+def test_causal_screen(tmp_path):
+    """The prior "causal" is laid out as GRNs are. A knocked-out gene is zero, and a GRN depends on its number only."""
+    s = small(tmp_path, what="causal")
+    screen = screen_of(s)
+    assert screen.made["section"] == "grn" and "causal" in screen.made["title"] and (screen.count > 0).all()
+    for system, t in np.ndindex(5, 5):
+        assert not screen.pool(system, t + 1)[:, t].any()
+    again, other = (prior.simulate_causal(0, 5, 20, number, s.dropout) for number in (1, 2))
+    np.testing.assert_array_equal(np.concatenate(again) > 0, np.concatenate([screen.pool(1, t) for t in range(6)]) > 0)
+    assert not np.array_equal(again[0], other[0])
+
+
 def test_refused_conditions_are_left_out(tmp_path, monkeypatch):
     """A refused knock-out has count 0 and is ABSENT; a refused control takes its whole GRN with it, and no other."""
     class PanicException(BaseException):

@@ -77,6 +77,25 @@ def test_flow_in_closed_form(given):
         np.testing.assert_allclose(end, noise + 1, atol=1e-4)
 
 
+def test_counterfactual_cells(network, given):
+    """Without a knock-out a control cell comes back as it was, to 1e-3, whatever the guidance; with one it becomes
+    another that still goes with it, as a new cell does not."""
+    def generate(query, **how):
+        return sample.generate(network, given._replace(query=query), 2.0, key=jr.key(0), **how)
+
+    back = generate(np.zeros_like(given.query), counterfactual=True)
+    moved, new = generate(given.query, counterfactual=True), generate(given.query)
+    controls = given.controls
+    assert np.abs(back - controls).max() > 1e-7 and np.abs(moved - controls).max() > 0.3
+    np.testing.assert_allclose(back, controls, atol=1e-3)
+
+    def goes_with(cells):
+        centred = [x - x.mean(axis=1, keepdims=True) for x in (cells, controls)]
+        return np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1]
+
+    assert goes_with(moved) > 0.7 and abs(goes_with(new)) < 0.3
+
+
 def test_guidance_is_linear(network, given):
     """omega = 0 is the unconditional velocity, 1 the conditional one, and others lie on the line through them."""
     condition, tau = model.prepare(network, one(given), key=jr.key(1)), jnp.array(0.4)
@@ -127,7 +146,7 @@ def test_no_more_at_a_time_than_there_are(network, given, monkeypatch, count, tu
     """Of 16 tasks on each of two devices less than half are repeats of the last one, but for the last turn of many."""
     asked = []
 
-    def flows(network, given, guidance, steps, cells, keys):
+    def flows(network, given, guidance, steps, cells, keys, counterfactual):
         asked.append(len(keys))
         return np.zeros((len(keys), cells, GENES), np.float32)
 

@@ -97,6 +97,16 @@ def test_tasks_with_generators_of_their_own():
         np.testing.assert_array_equal(before[..., order], after)
 
 
+def test_tasks_without_a_knock_out():
+    """A share of the tasks asks for nothing: the query is zero, and the target control cells of the same system."""
+    screen = make_screen()
+    given, target = sample_tasks(rng(0), screen, 2000, 5, 2, no_knock_out=0.25)
+    none = ~given.query.any(axis=1)
+    assert (conditions_of(screen, target)[none] % 7 == CONTROL).all()
+    assert (conditions_of(screen, target)[~none] % 7 != CONTROL).all() and 0.2 < none.mean() < 0.3
+    assert (conditions_of(screen, given.context) // 7 == conditions_of(screen, given.controls)[:, None] // 7).all()
+
+
 @pytest.mark.parametrize("split, most", [(TRAIN, 2), (TEST, 3), (VALIDATION, 3)])
 def test_too_many_context_experiments(split, most):
     """A K that some query cannot have is refused, naming system and number; the largest possible K is not, nor 0."""

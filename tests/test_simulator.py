@@ -1,0 +1,107 @@
+"""Claims about simulator.py: where networks settle, what knock-outs reach, and how noise behaves."""
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import sergio_rs
+
+import simulator
+from simulator import Change
+
+CHAIN = np.zeros((5, 5))  # row: target. A -> B -> C -> D activate, A -| E represses
+CHAIN[[1, 2, 3], [0, 1, 2]], CHAIN[4, 0] = 4.0, -3.0
+A, B, C, D, E = range(5)
+DECAY, BASAL = np.array([0.5, 0.8, 1.0, 0.6, 0.9]), np.array([2.0, 0, 0, 0, 0])
+
+
+def network(noise=0.5, hill=2.0):
+    return simulator.pack(CHAIN, np.full((5, 5), hill), BASAL, DECAY, noise)
+
+
+def means(k, cells=2000, steps=simulator.STEPS):
+    return np.asarray(simulator.knock_outs(k, cells, steps, key=jr.key(0)).mean(axis=1))
+
+
+def test_settles_where_it_should():
+    """Without noise every gene of the wild type is at b / lambda, or at half of its regulators' strength over lambda."""
+    expected = np.where(BASAL > 0, BASAL, np.abs(CHAIN).sum(axis=1) / 2) / DECAY
+    np.testing.assert_allclose(means(network(noise=0.0), 2)[0], expected, rtol=1e-4)
+
+
+def test_effects_go_down_the_graph():
+    """Knocking out A takes B, C and D down to nothing and E up to all of its strength; knocking out C moves D only."""
+    wild, *knocked_out = means(network(noise=0.0), 2)
+    np.testing.assert_allclose(knocked_out[A], [0, 0, 0, 0, 3 / DECAY[E]], atol=1e-3)
+    moved = np.abs(knocked_out[C] - wild) > 1e-3
+    assert moved.tolist() == [False, False, True, True, False]
+
+
+def test_twins():
+    """A cell has the same noise in every condition: a gene that is not downstream of the knock-out is the same, cell by
+    cell; one that is differs. Cells of a condition are independent."""
+    cells = np.asarray(simulator.knock_outs(network(), 500, key=jr.key(1)))
+    assert (cells >= 0).all() and (cells[1 + C][:, C] < 0.2).all()
+    for gene in (A, B, E):
+        np.testing.assert_array_equal(cells[1 + C][:, gene], cells[0][:, gene])
+    assert np.abs(cells[1 + C][:, D] - cells[0][:, D]).mean() > 0.5
+    halves = cells[0][:250, A], cells[0][250:, A]
+    assert abs(np.corrcoef(*halves)[0, 1]) < 0.2
+    other = np.asarray(simulator.knock_outs(network(), 500, key=jr.key(2)))
+    assert not np.array_equal(cells[0], other[0])
+
+
+def test_noise_of_a_master_regulator():
+    """Its variance is zeta^2 times its mean, as the equation has it: production and decay bring half each."""
+    cells = np.asarray(simulator.knock_outs(network(noise=0.3), 20_000, 80, key=jr.key(3)))[0, :, A]
+    assert cells.var() == pytest.approx(0.3**2 * cells.mean(), rel=0.06)  # less what is not yet forgotten
+
+
+def test_shorter_steps_change_nothing():
+    """Half the step: the same means, within four standard errors."""
+    k = network()
+    coarse, fine = (np.asarray(simulator.knock_outs(k, 4000, steps, key=jr.key(4))) for steps in (40, 80))
+    error = np.sqrt((coarse.var(axis=1) + fine.var(axis=1)) / 4000)
+    assert (np.abs(coarse.mean(axis=1) - fine.mean(axis=1)) < 4 * error + 0.01).all()
+
+
+def test_partial_knock_outs():
+    """Half of the dose is half of the expression; half of the activity leaves the gene and halves what its targets see;
+    a cell that escapes is as the wild type."""
+    k = network(noise=0.0, hill=1.0)
+    wild = simulator.steady_state(k, Change(jnp.ones((1, 5)), jnp.ones((1, 5))))[0]
+    half = jnp.ones(5).at[A].set(0.5)
+    less = simulator.steady_state(k, Change(half, jnp.ones(5)))
+    assert less[A] == pytest.approx(wild[A] / 2) and less[B] == pytest.approx(wild[B] * 2 / 3)  # 1/3 of 4, not 1/2
+    idle = simulator.steady_state(k, Change(jnp.ones(5), half))
+    assert idle[A] == wild[A] and idle[B] == pytest.approx(less[B])
+    dose = jnp.ones((3, 5)).at[:2, A].set(0.0)  # the third cell escapes
+    cells = simulator.langevin(k, Change(dose, jnp.ones((3, 5))), 3, key=jr.key(0))
+    np.testing.assert_allclose(cells[2], wild, rtol=1e-4)
+    np.testing.assert_allclose(cells[:2, :4], 0, atol=1e-3)
+
+
+def test_networks_of_as_many_genes_compile_once():
+    """Edges are filled up, which changes nothing."""
+    more = CHAIN.copy()
+    more[4, 1] = 1.0
+    few, many = (simulator.pack(s, np.full((5, 5), 2.0), BASAL, DECAY, 0.5) for s in (CHAIN, more))
+    assert few.source.shape == many.source.shape == (5,) and (few.strength != 0).sum() == 4
+
+
+def test_technical_noise_is_sergio_s():
+    """Against sergio-rs on the same expression: share of zeros, mean and spread of a cell's counts, and the counts of
+    each gene agree, at three percentiles of dropout; a dead cell has no counts."""
+    rng = np.random.default_rng(0)
+    expression = rng.lognormal(1, 1, (1, 2000, 20))
+    for dropout in (0.0, 45.0, 80.0):
+        ours = simulator.technical_noise(rng, expression, 0.8, (5.0, 0.5), dropout)[0]
+        theirs = sergio_rs.add_technical_noise_custom(np.ascontiguousarray(expression[0].T), 0.8, 5.0, 0.5, 8.0, dropout,
+                                                      1).T.astype(float)
+        assert (ours == 0).mean() == pytest.approx((theirs == 0).mean(), abs=0.02)
+        logs = [np.log1p(counts.sum(axis=1)) for counts in (ours, theirs)]
+        assert logs[0].mean() == pytest.approx(logs[1].mean(), abs=0.06)
+        assert logs[0].std() == pytest.approx(logs[1].std(), rel=0.1)
+    dead = np.concatenate([expression, np.zeros_like(expression)])
+    counts = simulator.technical_noise(rng, dead, 0.8, (5.0, 0.5), 60.0)
+    assert counts[0].any() and not counts[1].any()
