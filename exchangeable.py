@@ -1,8 +1,8 @@
 """A second network, beside the paper's: the same map, equivariant to permutations of genes.
 
-The paper's network has weights for every gene index, although no prior gives an index a meaning: it has to learn each
-gene anew. This one has none, so what it learns of one pair of genes holds for all pairs, and it takes any number of
-genes, of context experiments and of cells. It is used as MapPFN is: `train.py --network exchangeable.Exchangeable`.
+The paper's network has weights for every gene index, and has to learn each gene anew. This one has none: what it learns
+of one pair of genes holds for all, and it takes any number of genes, experiments and cells. It is used as MapPFN is:
+`train.py --network exchangeable.Exchangeable --cells 100 --target-cells 16`.
 
     encoder    once a task: what the cells of all experiments say of each pair of genes (i, j), "what does i do to j?",
                refined by products of such matrices. The query is not needed here: it chooses the row of one gene.
@@ -17,9 +17,9 @@ genes, of context experiments and of cells. It is used as MapPFN is: `train.py -
     K context experiments   M cells of a population, N generated   D genes   E = C embedding (width)
     L blocks (depth)   H matrices of each (heads)
 
+[D57] Beside the paper's network, and in no table so far.
 A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no knock-out.
-The null condition of guidance drops the query and nothing else, so that guidance exaggerates what a knock-out does, and
-not how bright the cells of a screen are.
+The null condition drops the query only: guidance exaggerates what a knock-out does, not how bright a screen is.
 """
 
 import math
@@ -181,7 +181,6 @@ class Condition(NamedTuple):
 
 class Exchangeable(eqx.Module):
     """v_theta(Y_tau | t_q, Y^obs, C) of equation 3, for one task, without a weight that belongs to a gene."""
-
     pairs_in: eqx.nn.Linear
     pair_blocks: tuple[PairBlock, ...]
     pair_norm: eqx.nn.LayerNorm

@@ -7,12 +7,14 @@ training systems, then systems held out for validation, then systems held out fo
     python prior.py linear --scale smoke|laptop|paper    linear SCMs: 1 s, 2 s, 10 s (0.9 GB)
     python prior.py grn --scale smoke|laptop             gene regulatory networks: 2 s, 2 minutes on 2 cores
     python prior.py grn --scale laptop --unpaired        the ablation of Table 4 and Figure 2
+    python prior.py causal --scale laptop                GRNs whose knock-outs reach what is downstream (simulator.py)
     python prior.py grn --scale paper --workers 64       6,000 GRNs of 50 genes: about 4 core-hours, 13 GB
     python prior.py grn --scale paper --num-shards 100 --shard $SLURM_ARRAY_TASK_ID    a share of them in each job of
                                                          a cluster array; the line above then finishes the screen
 
-A system depends on the seed and its own number only. Until the screen is written every GRN has a file in
-`screens/.<name>-shards/`, from which a run that was killed goes on. Departures: D10, D19, D51.
+A system depends on the seed and its own number only. Two screens of one prior and seed therefore share systems: what
+was trained on one is not to be tested on the other. Until the screen is written every GRN has a file in
+`screens/.<name>-shards/`, from which a run that was killed goes on. Departures: D10, D19, D51, D57.
 
     paper       name here        shape   meaning
     W           w                D D     w[k, j]: linear effect of parent j on child k, 0 without an edge

@@ -82,8 +82,8 @@ def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int,
          counterfactual: bool = False, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
-    `counterfactual`: what each control cell would be under the query, not new cells. The flow can be inverted, so the
-    noise that a cell comes from is found by solving from 1 to 0 without a knock-out (abduction); from there on the
+    `counterfactual` [D57]: what each control cell would be under the query, not new cells. The flow can be inverted, so
+    the noise that a cell comes from is found by solving from 1 to 0 without a knock-out (abduction); from there on the
     query acts, and guidance exaggerates how it differs from no knock-out. What the network gets wrong about a screen
     cancels: a query of no knock-out returns the cell.
 
@@ -297,7 +297,11 @@ def jobs(s: Settings) -> list[Job]:
         for folder in tasks.splits(s):
             split, screen = tasks.split_number(folder), tasks.load_screen(folder)
             file = model.model_file(s, run, s.screen, split)
-            genes = model.load_model(file)[0]["genes"]
+            head = model.load_model(file)[0]
+            genes = head["genes"]
+            if s.counterfactual and not head.get("no_knock_out"):
+                raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
+                               "train it with --no-knock-out 0.1, or leave out --counterfactual")
             if genes != len(screen.genes):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):

@@ -1,7 +1,7 @@
 """A simulator of gene regulatory networks of our own, beside sergio-rs: all knock-outs and cells of a network at once.
 
-Paper: B.2 and Table 6 say what is simulated; the model is SERGIO's (Dibaeinia and Sinha, 2020). `prior.py` calls it.
-Reads and writes nothing. Runs on a CPU and on a GPU.
+Paper: B.2 and Table 6 say what is simulated; the model is SERGIO's (Dibaeinia and Sinha, 2020). `prior.py causal` calls
+it. Reads and writes nothing. Departure: D57.
 
 A gene is produced at a rate P that its regulators set, and decays at a rate lambda. Both are noisy, as counts of
 molecules are, which in the limit of many molecules is the chemical Langevin equation
@@ -9,13 +9,12 @@ molecules are, which in the limit of many molecules is the chemical Langevin equ
     dx = (P(x) - lambda x) dt + zeta (sqrt(P(x)) dW_1 + sqrt(lambda x) dW_2),     P(x) = b + sum over regulators,
 
 where a regulator of strength k, at half-response h, with Hill coefficient n, adds k x^n / (h^n + x^n) if it activates
-(k > 0), and |k| h^n / (h^n + x^n) if it represses (k < 0). There are two kinds of knock-out:
+(k > 0), and |k| h^n / (h^n + x^n) if it represses (k < 0).
 
-    sergio    as in sergio-rs: the gene and its edges are taken out, the half-responses are set anew at the steady state
-              of what remains, so that every regulator is at half of its effect again and only direct targets move; a
-              gene that loses its last regulator gets a production rate of its own
-    causal    everything else stays as it was, half-responses too, so that what falls lets its own targets fall: effects
-              go on down the graph. Noise is the same in all conditions, cell by cell: a cell has a true twin in each
+[D57] After a knock-out sergio-rs sets half-responses anew, at the steady state of what remains: every regulator is at
+half of its effect again, and only direct targets move. Here everything else stays as it was, half-responses too, so
+what falls lets its own targets fall, and effects go on down the graph. Noise is the same in all conditions, cell by
+cell: a cell has a true twin in each.
 
     paper       name here   shape   meaning
                 source, target   E  an edge: this gene regulates that one
@@ -38,19 +37,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 TIME, STEPS = 4.0, 40  # from the steady state on: several times 1 / lambda, and steps short beside it
 
 
 class Kinetics(NamedTuple):
-    """What a network does; `Conditions` says what is done to it. Edges of strength 0 fill up to a common number."""
+    """What a network does; `Change` says what is done to it. Edges of strength 0 fill up to a common number."""
     source: Int[Array, "E"]
     target: Int[Array, "E"]
-    strength: Float[Array, "*T E"]
-    half: Float[Array, "*T E"]
+    strength: Float[Array, "E"]
+    half: Float[Array, "E"]
     hill: Float[Array, "E"]
-    basal: Float[Array, "*T D"]
+    basal: Float[Array, "D"]
     decay: Float[Array, "D"]
     noise: Float[Array, ""]
 
@@ -119,8 +118,8 @@ def pack(strength: Float[np.ndarray, "D D"], hill: Float[np.ndarray, "D D"], bas
 
 @functools.partial(jax.jit, static_argnames=("cells", "steps"))
 def knock_outs(k: Kinetics, cells: int, steps: int = STEPS, *, key: PRNGKeyArray) -> Float[Array, "T N D"]:
-    """Cells of control and of the whole knock-out of each gene, T = D + 1, by the kind "causal": the rest of the network
-    stays as it was. Cell n has the same noise in all conditions."""
+    """Cells of control and of the whole knock-out of each gene, T = D + 1. Cell n has the same noise in all
+    conditions."""
     genes = len(k.decay)
     dose = jnp.concatenate([jnp.ones((1, genes)), 1 - jnp.eye(genes)])[:, None]  # T 1 D
 

@@ -374,6 +374,8 @@ def check(s: Settings) -> None:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
     if not 0 <= s.ema < 1:
         raise BadInput(f"--ema {s.ema}: expected at least 0 and less than 1")
+    if s.target_cells > s.cells:
+        raise BadInput(f"--target-cells {s.target_cells}: expected at most --cells, {s.cells}")
     if s.context > SLOTS:
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
     if s.micro_batch % jax.device_count():

@@ -299,3 +299,10 @@ def test_bad_settings_are_refused_before_work(stage, settings, trained, monkeypa
         monkeypatch.setattr(tasks, "load_screen", lambda folder: seven)
     with pytest.raises(BadInput, match=named):
         stage(dataclasses.replace(settings, **changed))
+
+
+def test_counterfactual_cells_need_a_model_that_knows_no_knock_out(trained, main):
+    """A model that was never asked for no knock-out is refused by name, before any work."""
+    s = trained.settings
+    with pytest.raises(BadInput, match="without --no-knock-out"):
+        main(sample, "--screen", "dags", "--scale", "smoke", "--out", s.out, "--model", "dags", "--counterfactual")
