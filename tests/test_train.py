@@ -387,6 +387,7 @@ def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
 @pytest.mark.parametrize("changed", [
     {"micro_batch": 3}, {"micro_batch": 0}, {"context": 11}, {"context": -1}, {"updates": 0}, {"ema": 1.0},
     {"learning_rate": -1.0}, {"accumulate": 0}, {"cells": 0}, {"clip": 0.0}, {"drop_condition": 7.0}, {"seed": -1},
+    {"target_cells": 7}, {"no_knock_out": 1.5},
     {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"},
     {"learning_rate": np.nan}, {"seed": 1000}])
 def test_unusable_settings_are_refused(like, changed):
