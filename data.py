@@ -131,13 +131,14 @@ def simulate_toy(settings: Settings):
     """Two GRNs of `prior.py` as two systems, with some more genes, and fewer treatments, than are kept."""
     import anndata
     import pandas as pd
-    from prior import simulate_grn
+    import prior
     genes, population = settings.genes + settings.genes // 4, max(100, 2 * settings.min_cells)
     print(f"simulating {2 * (1 + genes)} conditions of {population} cells: simulated, not cells", flush=True)
     names = ["control", *(f"gene{g:02}" for g in range(genes))]
+    networks = prior.Settings("grn", genes=genes)  # one toy for all seeds
     counts, obs = [], []
     for index, system in enumerate(("network A", "network B")):
-        _, simulated = simulate_grn(0, genes, population, False, index)  # one toy for all seeds
+        _, simulated = prior.simulate_grn(networks, index, population)
         for t in range(1 + (settings.toy_treatments or settings.genes * 7 // 8)):
             counts.append(simulated[t])
             obs += [(system, names[t])] * len(simulated[t])

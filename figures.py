@@ -103,7 +103,7 @@ def all_screens(s: Settings) -> list[Shown]:
         name, runs, weights = folder.parent.name, {}, {}
         for file in sorted((s.out / s.scale / "samples" / name).glob("[!.]*-split0-draw0.npz")):
             meta = metrics.load_predictions(file).meta
-            if "model" in meta:
+            if "model" in meta and "~" not in meta["row"]:
                 runs[meta["row"]], weights[meta["row"]] = meta["model"], meta["settings"].get("weights")
         found.append(Shown(name, tasks.load_screen(folder), runs, weights))
     return sorted(found, key=lambda shown: not shown.screen.made.get("paper"))

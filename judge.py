@@ -142,6 +142,16 @@ def compare(row: Row, rival: Row) -> dict | None:
     return t_test(float(values.mean()), parts) | {"n": len(values), "units": units, "trainings": trainings}
 
 
+def compare_uses(row: Row, rival: Row) -> dict | None:
+    """The same for one set of trainings that is used in two ways, so that a training is compared with itself."""
+    differences = {}
+    for seed in row.by_seed.keys() & rival.by_seed.keys():
+        one, other = row.by_seed[seed], rival.by_seed[seed]
+        differences[seed] = {key: one[key] - other[key] for key in one.keys() & other.keys()}
+    nothing = Row({0: {key: 0.0 for penalties in differences.values() for key in penalties}})
+    return compare(row._replace(by_seed=differences), nothing)
+
+
 def two_samples(row: list[float], rival: list[float]) -> dict:
     """Of two samples of trainings, how much higher the first one's mean is (Welch's test)."""
     parts = []

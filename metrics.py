@@ -58,6 +58,7 @@ class Predictions(NamedTuple):
     target: Float[np.ndarray, "P N D"]       # true cells
     prediction: Float[np.ndarray, "P N D"]
     treatments: Float[np.ndarray, "P D"]     # one-hot times the do-value
+    expected: Float[np.ndarray, "P D"]       # true means, where a simulation knows them; else NaN
     systems: Shaped[np.ndarray, "P"]         # name of the system of each condition
     log_expression: bool                     # log1p data, for which AUPRC is defined
     meta: dict                               # screen, row, split, draw, seed, scale, revision, settings...
@@ -246,6 +247,22 @@ def pooled_auprc(p: Predictions) -> dict:
     return deg_auprc(p.controls, p.target, p.prediction, p.treatments)
 
 
+def off_target_r2(p: Predictions) -> Float[np.ndarray, "P"]:
+    """Share of what knock-outs do to *other* variables that is predicted: 1 - error / effect, both squares summed over
+    all variables but the treated one, against the mean of infinitely many cells (linear SCMs; NaN for others).
+
+    0 is to say that nothing else moves, 1 is perfect. M cells have a mean with an error of variance / M of its own, by
+    which the squared error is reduced, so that it says nothing of M. Cells that are made from control cells one by one
+    (`counterfactual`) err together with these: theirs is not reduced, and so rather too large.
+    The mean of the P values is R2: the effect is the mean one of all conditions."""
+    off = p.treatments == 0
+    error = (p.prediction.mean(axis=1, dtype=float) - p.expected) ** 2
+    if not p.meta.get("settings", {}).get("counterfactual"):
+        error -= p.prediction.var(axis=1, dtype=float, ddof=1) / p.prediction.shape[1]
+    effect = np.mean((p.expected**2 * off).sum(axis=1))
+    return 1 - (error * off).sum(axis=1) / effect
+
+
 class Metric(NamedTuple):
     """A column of the tables."""
     heading: str
@@ -263,6 +280,7 @@ METRICS = {
     "magnitude_ratio": Metric("MR", 1, "one", magnitude_ratios),
     "auprc": Metric("AUPRC", 1, "higher", pooled_auprc),
     "variance_rmse": Metric("variance RMSE", 1, "lower", each(variance_rmse)),
+    "off_target_r2": Metric("off-target R2", 1, "higher", off_target_r2),
 }
 
 
@@ -322,7 +340,7 @@ def save_predictions(path: str | Path, p: Predictions) -> None:
     """Write `path` (.npz), whole or not at all. Raises BadInput as `check_predictions` does."""
     check_predictions(path, p)
     arrays = p._asdict()
-    for name in ("controls", "source", "target", "prediction", "treatments"):
+    for name in ("controls", "source", "target", "prediction", "treatments", "expected"):
         arrays[name] = np.asarray(arrays[name], np.float32)
     arrays["meta"] = json.dumps(p.meta, default=str)
     with scales.atomic(path) as temporary:

@@ -8,6 +8,7 @@ training systems, then systems held out for validation, then systems held out fo
     python prior.py grn --scale smoke|laptop             gene regulatory networks: 2 s, 2 minutes on 2 cores
     python prior.py grn --scale laptop --unpaired        the ablation of Table 4 and Figure 2
     python prior.py causal --scale laptop                GRNs whose knock-outs reach what is downstream (simulator.py)
+    python prior.py panel --scale laptop                 the same, made as screens are made (panel.py)
     python prior.py grn --scale paper --workers 64       6,000 GRNs of 50 genes: about 4 core-hours, 13 GB
     python prior.py grn --scale paper --num-shards 100 --shard $SLURM_ARRAY_TASK_ID    a share of them in each job of
                                                          a cluster array; the line above then finishes the screen
@@ -26,6 +27,7 @@ was trained on one is not to be tested on the other. Until the screen is written
     S systems (one graph each)   T = D + 1 treatments, control first   N cells   D nodes or genes
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -43,7 +45,7 @@ from typing import Literal
 
 import numpy as np
 import sergio_rs
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, Num, Shaped
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -56,7 +58,7 @@ from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION
 @dataclass(frozen=True)
 class Settings:
     """Simulate a prior. Defaults are the paper's for GRNs; `python scales.py` lists what linear and --scale change."""
-    what: Positional[Literal["linear", "grn", "causal"]]  # which prior
+    what: Positional[Literal["linear", "grn", "sergio", "causal", "panel"]]  # which prior
     scale: str = "laptop"  # column of the table in scales.py
     genes: int = 50  # genes, or variables, D (B.2)
     systems: int = 6000  # random GRNs, or DAGs, to train on (B.2)
@@ -66,6 +68,7 @@ class Settings:
     test_population: int = 200  # cells of a condition of a held-out system
     dropout: tuple[float, float] = (45.0, 82.0)  # GRNs: range of the dropout percentile (B.2, Table 6) [D51]
     unpaired: bool = False  # GRNs: new noise for each condition, not the "counterfactual paired" prior (6)
+    redraw_amplitude: bool = False  # with unpaired: another amplitude of it for each condition, as released [D19]
     seed: int = 0  # of everything; the same seed gives the same files
     # nothing below changes what is drawn
     name: str = ""  # of the screen; default: linear, grn or grn-unpaired
@@ -99,7 +102,8 @@ def uses(rng: np.random.Generator, count: Int[np.ndarray, "S T"], part: Int[np.n
 
 
 def write(s: Settings, folder: Path, blocks: Iterable[Float[np.ndarray, "n D"]], count: Int[np.ndarray, "S T"],
-          values: Float[np.ndarray, "S D"], part: Int[np.ndarray, "S"], log_expression: bool, made: dict) -> None:
+          values: Float[np.ndarray, "S D"], part: Int[np.ndarray, "S"], log_expression: bool, made: dict,
+          **known: Shaped[np.ndarray, "S ..."]) -> None:
     """Write a screen in which treatment 1 + t acts on node t: all that a new prior has to call. `values`: do-values,
     or 1 for a knock-out (B.1); `part`: see `parts`; `made`: title, and section of scales.TABLE; the rest: tasks.py."""
     systems, genes = values.shape
@@ -109,7 +113,7 @@ def write(s: Settings, folder: Path, blocks: Iterable[Float[np.ndarray, "n D"]],
     split = uses(scales.generator("split", s.seed), count, part)
     names = [f"gene{k}" for k in range(genes)]
     tasks.write_screen(folder, blocks, count, treatments, split, names, [f"system{i}" for i in range(systems)],
-                       ["control", *names], log_expression, made | {"settings": content(s)})
+                       ["control", *names], log_expression, made | {"settings": content(s)}, **known)
     print(f"{folder}: finished")
 
 
@@ -164,23 +168,40 @@ def standardise(cells: Float[np.ndarray, "... N D"]) -> Float[np.ndarray, "... N
     return np.clip(cells / sd, -10, 10)
 
 
+def true_means(w: Float[np.ndarray, "D D"], values: Float[np.ndarray, "D"]) -> Float[np.ndarray, "T D"]:
+    """Mean of each variable, control first, then under each do(z_t = values[t]), of infinitely many cells that are
+    standardised: what the off-target R2 is against (metrics.py)."""
+    genes = len(w)
+    means = [np.zeros(genes)]
+    for node in range(genes):
+        w_do, noise, value = w.copy(), np.ones(genes), np.zeros(genes)
+        w_do[node], noise[node], value[node] = 0, 0, values[node]
+        transfer = np.linalg.inv(np.eye(genes) - w_do)
+        variance = transfer**2 @ noise
+        means.append(transfer @ value / np.where(variance > 0, np.sqrt(variance), 1))
+    return np.array(means, np.float32)
+
+
 def make_linear(s: Settings, folder: Path) -> None:
     """Write the screen of linear SCMs, one graph at a time."""
     part = parts(s)
     cells = np.where(part == TRAIN, s.population, s.test_population)
     rng = scales.generator("prior", s.seed)
     values = rng.uniform(0.5, 1.5, (len(part), s.genes)).astype(np.float32)
+    means = np.zeros((len(part), 1 + s.genes, s.genes), np.float32)
+    parents = np.zeros((len(part), s.genes, s.genes), bool)
 
     def blocks() -> Iterator[np.ndarray]:
         for number in tqdm(range(len(part)), unit=" graphs"):
             rng = scales.generator("prior", s.seed, number)
             w = sample_dag(rng, s.genes)
+            means[number], parents[number] = true_means(w, values[number]), w != 0
             simulated = simulate_linear(rng, w, values[number], int(cells[number]))
             yield standardise(simulated).reshape(-1, s.genes)
 
     count = np.repeat(cells[:, None], 1 + s.genes, axis=1)
     made = {"title": "Linear SCMs", "section": s.what, "paper": "linear"}
-    write(s, folder, blocks(), count, values, part, False, made)
+    write(s, folder, blocks(), count, values, part, False, made, means=means, parents=parents)
 
 
 # -------------------------------------------------------------------- graphs of gene regulatory networks (B.2, Table 5)
@@ -249,7 +270,7 @@ def sample_grn_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "
 class Network:
     """A GRN with all of its parameters, drawn once and the same in all of its conditions (Table 6)."""
     strength: Float[np.ndarray, "D D"]  # k of target, regulator; 0: no edge. Positive: every regulator activates
-    hill: Int[np.ndarray, "D D"]  # Hill coefficient (gamma in Table 6)
+    hill: Num[np.ndarray, "D D"]  # Hill coefficient (gamma in Table 6); sergio-rs takes whole ones only
     decay: Float[np.ndarray, "D"]  # lambda, decay rate of a gene
     process_noise: float  # zeta, amplitude of the noise of the stochastic differential equation
     outlier: float  # mu_outlier: a few genes are magnified log-normally
@@ -319,51 +340,63 @@ def simulate_condition(network: Network, treatment: int, cells: int, rate_seed: 
     return counts.T.astype(np.uint32)
 
 
-def simulate_grn(seed: int, genes: int, population: int, unpaired: bool, index: int,
-                 dropout: tuple[float, float] = Settings.dropout) -> tuple[Network, list[Integer[np.ndarray, "_ D"]]]:
+def simulate_grn(s: Settings, index: int, population: int) -> tuple[Network, list[Integer[np.ndarray, "_ D"]]]:
     """GRN number `index` and the counts of its control and of the knock-out of each gene, without cells if refused.
 
     Paired: "keeping the random seed of SERGIO constant across treatments" (6). In sergio-rs the knock-outs of a GRN
     then share their noise, but not with control: the noise of all genes is one matrix, which lacks a row after a
     knock-out. Genes numbered between the two that are knocked out trade rows as well."""
-    rng = scales.generator("prior", seed, index)
-    network = sample_network(rng, genes, dropout)
+    rng = scales.generator("prior", s.seed, index)
+    network = sample_network(rng, s.genes, s.dropout)
     rate_seed = int(rng.integers(2**63))
-    noise_seeds = rng.integers(2**63, size=(1 + genes, 2))  # of the simulation and of the technical noise
-    if not unpaired:
+    noise_seeds = rng.integers(2**63, size=(1 + s.genes, 2))  # of the simulation and of the technical noise
+    if not s.unpaired:
         noise_seeds[:] = noise_seeds[CONTROL]
     counts = []
     for treatment, seeds in enumerate(noise_seeds.tolist()):
-        counts.append(simulate_condition(network, treatment, population, rate_seed, *seeds))
+        changed = network
+        if s.redraw_amplitude:
+            changed = dataclasses.replace(network, process_noise=rng.uniform(0.5, 1.5))
+        counts.append(simulate_condition(changed, treatment, population, rate_seed, *seeds))
     if not len(counts[CONTROL]):  # no task can be made of a GRN without control cells: all of it is refused
         counts = [counts[CONTROL]] * len(counts)
     return network, counts
 
 
-# ------------------------------------------------------------- the same with effects that propagate (simulator.py)
-
-REPRESSES = 0.3  # share of edges; in sergio-rs as released all activate
+# --------------------------------------------------------- the same by our own simulator (simulator.py), and screens
 
 
-def simulate_causal(seed: int, genes: int, population: int, index: int,
-                    dropout: tuple[float, float]) -> list[Integer[np.ndarray, "N D"]]:
-    """GRN number `index` of the prior "causal" (simulator.py): counts of its control and of each knock-out.
+def simulate_own(s: Settings, index: int, population: int) -> list[Num[np.ndarray, "_ D"]]:
+    """GRN number `index` of a prior of ours: its control and each knock-out. Graphs and ranges are the paper's (Tables
+    5 and 6).
 
-    Graphs and ranges are those of the paper's prior (Tables 5 and 6), but some edges repress, Hill coefficients are not
-    truncated, and knock-outs reach what is downstream. Cell n of a condition is the twin of cell n of every other.
+    sergio: counts, as sergio-rs simulates them.
+    causal: counts; some edges repress, Hill coefficients are not truncated, and knock-outs reach what is downstream.
+        Cell n of a condition is the twin of cell n of every other.
+    panel: log-expression of a screen that was made of a larger such network (panel.py).
     """
-    import simulator  # here, so that the workers of the other prior need no JAX
+    import panel  # here, so that the workers of the other prior need no JAX
+    import simulator
 
-    rng = scales.generator("prior", seed, index)
-    network = sample_network(rng, genes, dropout)
-    signs = np.where(rng.random((genes, genes)) < REPRESSES, -1.0, 1.0)
+    rng, key = scales.generator("prior", s.seed, index), scales.key("prior", s.seed, index)
+    genes = s.genes * (panel.LARGER if s.what == "panel" else 1)
+    network = sample_network(rng, genes, s.dropout)
     low, high = rng.uniform(0.5, 2.0, genes), rng.uniform(3.0, 5.0, genes)  # b of Table 6: one or the other
-    basal = np.where(network.strength.any(axis=1), 0.0, np.where(rng.random(genes) < 0.5, low, high))
-    hill = rng.uniform(1.5, 2.5, (genes, genes))
-    kinetics = simulator.pack(network.strength * signs, hill, basal, network.decay, network.process_noise)
-    key = scales.key("prior", seed, index)
-    expression = np.asarray(simulator.knock_outs(kinetics, population, key=key), np.float64)
-    return list(simulator.technical_noise(rng, expression, network.outlier, network.library, network.dropout))
+    rates = np.where(rng.random(genes) < 0.5, low, high)
+    basal = np.where(network.strength.any(axis=1), 0.0, rates)
+    if s.what == "sergio":
+        kinetics = simulator.pack(network.strength, network.hill.astype(float), basal, network.decay, network.process_noise)
+        expression = simulator.sergio_knock_outs(kinetics, rates.astype(np.float32), population, key=key)
+    else:
+        signs = np.where(rng.random((genes, genes)) < simulator.REPRESSES, -1.0, 1.0)
+        network = dataclasses.replace(network, strength=network.strength * signs,
+                                      hill=rng.uniform(1.5, 2.5, (genes, genes)))
+        if s.what == "panel":
+            return panel.simulate(rng, key, network, rates, s.genes, population)
+        kinetics = simulator.pack(network.strength, network.hill, basal, network.decay, network.process_noise)
+        expression = simulator.knock_outs(kinetics, population, key=key)
+    return list(simulator.technical_noise(rng, np.asarray(expression, np.float64), network.outlier, network.library,
+                                          network.dropout))
 
 
 # -------------------------------------------------------------------------------- many GRNs, resumed after a kill
@@ -378,18 +411,19 @@ def grn_path(s: Settings, number: int) -> Path:
 def write_grn(s: Settings, number: int) -> None:
     """Simulate one GRN and keep its raw counts."""
     population = s.population if number < s.systems else s.test_population
-    if s.what == "causal":
-        conditions = simulate_causal(s.seed, s.genes, population, number, s.dropout)
+    if s.what == "grn":
+        _, conditions = simulate_grn(s, number, population)
     else:
-        _, conditions = simulate_grn(s.seed, s.genes, population, s.unpaired, number, s.dropout)
+        conditions = simulate_own(s, number, population)
     count = list(map(len, conditions))
     cells = np.concatenate(conditions)
-    cells = cells.astype(np.min_scalar_type(cells.max(initial=0)))  # most counts fit in one or two bytes
+    if cells.dtype != np.float32:
+        cells = cells.astype(np.min_scalar_type(cells.max(initial=0)))  # most counts fit in one or two bytes
     with scales.atomic(grn_path(s, number)) as temporary:
         np.savez_compressed(temporary, settings=json.dumps(content(s)), count=count, cells=cells)
 
 
-def read_grn(s: Settings, number: int) -> tuple[Int[np.ndarray, "T"], Integer[np.ndarray, "rows D"]]:
+def read_grn(s: Settings, number: int) -> tuple[Int[np.ndarray, "T"], Num[np.ndarray, "rows D"]]:
     """Numbers of cells, and the cells, of a GRN. Raises BadInput if the file is damaged or of other settings."""
     path = grn_path(s, number)
     try:
@@ -436,7 +470,7 @@ def make_grn(s: Settings, folder: Path) -> None:
         minutes = (time.perf_counter() - start) * len(todo) / s.workers / 60
         print(f"{1 + len(todo)} GRNs of {1 + s.genes} conditions: about {minutes:.1f} minutes on {s.workers} processes",
               flush=True)
-    if s.what == "causal":  # all cores, or a GPU, are at work on one
+    if s.what != "grn":  # all cores, or a GPU, are at work on one
         for number in tqdm(todo, unit=" GRNs", smoothing=0):
             write_grn(s, number)
         todo = []
@@ -460,10 +494,11 @@ def make_grn(s: Settings, folder: Path) -> None:
 
     def blocks() -> Iterator[np.ndarray]:
         for number in tqdm(kept.tolist(), "screen", unit=" GRNs"):
-            yield normalise(read_grn(s, number)[1], median)
+            cells = read_grn(s, number)[1]
+            yield cells if s.what == "panel" else normalise(cells, median)
 
     values = np.ones((len(kept), s.genes), np.float32)  # a knock-out is 1 in the one-hot
-    kind = "causal" if s.what == "causal" else "SERGIO" + ", unpaired" * s.unpaired
+    kind = ("SERGIO" if s.what == "grn" else s.what) + ", unpaired" * s.unpaired
     made = {"title": f"Gene regulatory networks ({kind})", "section": "grn"}
     write(s, folder, blocks(), count[kept], values, part[kept], True, made)
     shutil.rmtree(grn_path(s, 0).parent)
@@ -471,7 +506,7 @@ def make_grn(s: Settings, folder: Path) -> None:
 
 def screen_folder(s: Settings) -> Path:
     """Where the screen is kept."""
-    name = s.name or s.what + "-unpaired" * s.unpaired
+    name = s.name or s.what + "-unpaired" * s.unpaired + "-redrawn" * s.redraw_amplitude
     return s.out / s.scale / "screens" / name / "split-0"
 
 
@@ -494,6 +529,8 @@ def check(s: Settings) -> None:
         raise BadInput("--shard: only for GRNs")
     if s.what != "grn" and s.unpaired:
         raise BadInput("--unpaired: only for the prior grn")
+    if s.redraw_amplitude and not s.unpaired:
+        raise BadInput("--redraw-amplitude: only with --unpaired")
 
 
 def main() -> None:

@@ -51,9 +51,11 @@ class Settings(EvaluationSettings):
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 25  # Dopri5 steps of the flow [D9]
     counterfactual: bool = False  # what becomes of each control cell, not new cells
+    context_gain: bool = False  # predict also with a context that says nothing (`uninformed`), for tables to compare
 
 
 AT_ONCE = 16  # tasks that a GPU solves at a time: one alone leaves most of it idle
+UNINFORMED = ("controls", "exchanged")
 CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: what tasks.Given holds
 
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
@@ -274,9 +276,23 @@ def most_experiments(screen: Screen) -> int:
     return int(min([SLOTS, *known]))
 
 
+def uninformed(given: Given, how: str) -> Given:
+    """The same tasks with a context that says nothing of the treatments, although it looks like one: what is predicted
+    no worse from it was not learnt in context.
+
+    controls: control cells take the place of the cells of every experiment.
+    exchanged: the experiments exchange their treatments in turn. (In linear SCMs a treated variable is constant in its
+    own cells, which still say what was done.)
+    """
+    if how == "controls":
+        return given._replace(context=np.repeat(given.controls[:, None], given.context.shape[1], axis=1))
+    return given._replace(context_treatments=np.roll(given.context_treatments, 1, axis=1))
+
+
 class Job(NamedTuple):
     """One file of predictions that is to be written."""
     row: str        # of the tables
+    context: str    # "", or how it is made uninformed
     run: str        # of train.py
     file: Path      # the model
     screen: Screen
@@ -305,7 +321,9 @@ def jobs(s: Settings) -> list[Job]:
             if genes != len(screen.genes):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):
-                found.append(Job(row, run, file, screen, split, draw))
+                found.append(Job(row, "", run, file, screen, split, draw))
+            if s.context_gain and head["context"]:
+                found += [Job(f"{row}~{how}", how, run, file, screen, split, 0) for how in UNINFORMED]
     return found
 
 
@@ -326,8 +344,9 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
     context = min(head["context"], most_experiments(screen))
     evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
+    given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)
-    cells = generate(network, evaluation.given, guidance, s.steps, counterfactual=s.counterfactual, key=key)
+    cells = generate(network, given, guidance, s.steps, counterfactual=s.counterfactual, key=key)
     cells, clipped = clip_expression(cells, screen.log_expression)
     spent = train.seconds(job.file.with_name("log.csv")) + head.get("choice_seconds", 0)
     training = head | {"seconds": spent}
@@ -339,8 +358,8 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
             "seconds": round(time.perf_counter() - started, 1)}
     controls = evaluation.given.controls
     names = np.array(screen.systems)[evaluation.system]
-    return metrics.Predictions(controls, controls, evaluation.target, cells, evaluation.given.query, names,
-                               screen.log_expression, meta)
+    return metrics.Predictions(controls, controls, evaluation.target, cells, evaluation.given.query,
+                               evaluation.true_means(screen), names, screen.log_expression, meta)
 
 
 def main() -> None:
@@ -349,7 +368,7 @@ def main() -> None:
     train.use_all_cores(2)  # tasks are solved two at a time
     scales.check_least(s, {"steps": 1, "eval_cells": 1, "draws": 1, "seed": 0})
     todo = jobs(s)
-    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("out", "model", "draws")}
+    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("out", "model", "draws", "context_gain")}
     print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}: {len(todo)} files", flush=True)
     for job in tqdm(todo, unit="file"):

@@ -24,8 +24,8 @@ cell: a cell has a true twin in each.
     b           basal       D       production of genes without regulators
     lambda      decay       D       decay rate
     zeta        noise               amplitude of the noise
-                dose        D       share of a gene's production that is left, per condition: 0 is a whole knock-out
-                activity    D       share of a gene's effect on its targets that is left
+                dose        D T N   share of a gene's production that is left: 0 is a whole knock-out
+                activity    D T N   share of a gene's effect on its targets that is left
 
     T conditions   N cells   D genes   E edges
 """
@@ -39,6 +39,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+REPRESSES = 0.3      # share of edges; in sergio-rs as released all activate
 TIME, STEPS = 4.0, 40  # from the steady state on: several times 1 / lambda, and steps short beside it
 
 
@@ -55,29 +56,38 @@ class Kinetics(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a condition does to each gene, in each cell: *N is 1 if cells do not differ."""
-    dose: Float[Array, "*N D"]
-    activity: Float[Array, "*N D"]
+    """What is done to each gene: in each condition and each cell, or the same in all, if an axis has length 1."""
+    dose: Float[Array, "D *TN"]
+    activity: Float[Array, "D *TN"]
 
 
-def production(k: Kinetics, x: Float[Array, "*N D"], change: Change) -> Float[Array, "*N D"]:
-    """P(x) of each gene."""
-    regulator = (x * change.activity)[..., k.source]  # N E
-    # (x / h)^n by logarithms; a regulator that is absent has no effect, or represses nothing
-    ratio = jnp.exp(k.hill * jnp.log(jnp.maximum(regulator, 1e-9) / k.half))
-    share = ratio / (1 + ratio)
-    effect = jnp.where(k.strength > 0, k.strength * share, -k.strength * (1 - share))
-    total = jnp.zeros_like(x).at[..., k.target].add(effect)
-    return change.dose * (k.basal + total)
+def production(k: Kinetics, x: Float[Array, "D *TN"], change: Change) -> Float[Array, "D *TN"]:
+    """P(x) of each gene. Genes come first, here and below, because to take and to add rows is fast everywhere."""
+    def each(values):  # one for each edge, or gene
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+    level = jnp.log(jnp.maximum(x * change.activity, 1e-9))[k.source] - each(jnp.log(k.half))  # an absent gene: no effect
+    # (x / h)^n / (1 + (x / h)^n), or one minus that, is a sigmoid of n log(x / h)
+    share = 1 / (1 + jnp.exp(-each(jnp.sign(k.strength) * k.hill) * level))
+    total = jnp.zeros_like(x).at[k.target].add(each(jnp.abs(k.strength)) * share)
+    return change.dose * (each(k.basal) + total)
 
 
-def steady_state(k: Kinetics, change: Change) -> Float[Array, "*N D"]:
+def steady_state(k: Kinetics, change: Change) -> Float[Array, "D *TN"]:
     """Where production and decay are equal without noise. Each round carries it one edge further down a graph without
-    cycles, and there are at most as many as genes."""
-    def once(_, x):
-        return production(k, x, change) / k.decay
+    cycles, and there are at most as many as genes; most graphs need few."""
+    decay, basal = (values.reshape(-1, *[1] * (change.dose.ndim - 1)) for values in (k.decay, k.basal))
 
-    return jax.lax.fori_loop(0, len(k.decay), once, jnp.broadcast_to(k.basal / k.decay, change.dose.shape))
+    def more(state):
+        rounds, before, x = state
+        return (rounds < len(decay)) & (jnp.abs(x - before) > 1e-5).any()
+
+    def once(state):
+        rounds, _, x = state
+        return rounds + 1, x, production(k, x, change) / decay
+
+    start = jnp.broadcast_to(basal / decay, change.dose.shape)
+    return jax.lax.while_loop(more, once, (0, start - 1, start))[2]
 
 
 def half_responses(k: Kinetics) -> Float[Array, "E"]:
@@ -86,28 +96,29 @@ def half_responses(k: Kinetics) -> Float[Array, "E"]:
     return jnp.maximum((k.basal + halves) / k.decay, 1e-6)[k.source]
 
 
-@functools.partial(jax.jit, static_argnames=("cells", "steps"))
-def langevin(k: Kinetics, change: Change, cells: int, steps: int = STEPS, *,
-             key: PRNGKeyArray) -> Float[Array, "N D"]:
-    """Cells of one condition, each a trajectory of its own, by Euler and Maruyama from the steady state on. The same
-    key gives the same noise, whatever is done to the network."""
-    dt = TIME / steps
-    start = jnp.broadcast_to(steady_state(k, change), (cells, len(k.decay)))
+def langevin(k: Kinetics, change: Change, noise: Float[Array, "steps D 1 N"], dt: float) -> tuple[
+        Float[Array, "D T N"], Float[Array, "steps D T N"]]:
+    """Where each cell is in the end, and on the way, by Euler and Maruyama from the steady state on. The same noise in
+    all conditions."""
+    conditions = max(change.dose.shape[1], change.activity.shape[1])
+    start = jnp.broadcast_to(steady_state(k, change), (len(k.decay), conditions, noise.shape[-1]))
+    decay = k.decay[:, None, None]
 
-    def step(x, key):
-        made, lost = production(k, x, change), k.decay * x
-        kick = jr.normal(key, (2, *x.shape)) * jnp.sqrt(jnp.stack([made, lost]) * dt)
-        return jnp.maximum(x + (made - lost) * dt + k.noise * kick.sum(axis=0), 0), None
+    def step(x, noise):
+        made, lost = production(k, x, change), decay * x
+        kick = k.noise * jnp.sqrt((made + lost) * dt) * noise  # two independent ones are one, with both variances
+        x = jnp.maximum(x + (made - lost) * dt + kick, 0)
+        return x, x
 
-    return jax.lax.scan(step, start, jr.split(key, steps))[0]
+    return jax.lax.scan(step, start, noise)
 
 
 def pack(strength: Float[np.ndarray, "D D"], hill: Float[np.ndarray, "D D"], basal: Float[np.ndarray, "D"],
-         decay: Float[np.ndarray, "D"], noise: float) -> Kinetics:
-    """A network whose matrices have a row for each target. The number of edges is filled up to a multiple of D, so that
-    most networks of as many genes compile once; half-responses are those of the network as it is."""
+         decay: Float[np.ndarray, "D"], noise: float, fill: int = 1) -> Kinetics:
+    """A network whose matrices have a row for each target. The number of edges is filled up to a multiple of `fill` D,
+    so that most networks of as many genes compile once; half-responses are those of the network as it is."""
     target, source = np.nonzero(strength)
-    fill = -len(target) % len(decay)
+    fill = -len(target) % (fill * len(decay))
     empty = np.zeros(fill, int)
     values = [np.concatenate([strength[target, source], empty]), np.ones(len(target) + fill),
               np.concatenate([hill[target, source], empty + 1]), basal, decay, noise]
@@ -117,16 +128,52 @@ def pack(strength: Float[np.ndarray, "D D"], hill: Float[np.ndarray, "D D"], bas
 
 
 @functools.partial(jax.jit, static_argnames=("cells", "steps"))
+def conditions(k: Kinetics, change: Change, cells: int, steps: int = STEPS, *,
+               key: PRNGKeyArray) -> Float[Array, "T N D"]:
+    """Cells of T conditions, each a trajectory of its own. Cell n has the same noise in all of them."""
+    noise = jr.normal(key, (steps, len(k.decay), 1, cells))
+    return jnp.moveaxis(langevin(k, change, noise, TIME / steps)[0], 0, -1)
+
+
 def knock_outs(k: Kinetics, cells: int, steps: int = STEPS, *, key: PRNGKeyArray) -> Float[Array, "T N D"]:
-    """Cells of control and of the whole knock-out of each gene, T = D + 1. Cell n has the same noise in all
-    conditions."""
+    """Cells of control and of the whole knock-out of each gene, T = D + 1."""
     genes = len(k.decay)
-    dose = jnp.concatenate([jnp.ones((1, genes)), 1 - jnp.eye(genes)])[:, None]  # T 1 D
+    dose = jnp.concatenate([jnp.ones((genes, 1)), 1 - jnp.eye(genes)], axis=1)[..., None]  # D T 1
+    return conditions(k, Change(dose, jnp.ones_like(dose)), cells, steps, key=key)
 
-    def one(dose):
-        return langevin(k, Change(dose, jnp.ones_like(dose)), cells, steps, key=key)
 
-    return jax.vmap(one)(dose)
+# ------------------------------------------------------------------------- the same as sergio-rs does it, to compare
+
+
+def as_sergio(k: Kinetics, gene: Int[Array, ""], rates: Float[Array, "D"]) -> Kinetics:
+    """The network after sergio-rs's knock-out of a gene, or, if that is -1, before it: the gene is gone, who lost all
+    regulators is produced at a rate of its own (`rates`), and half-responses are those of what is left."""
+    gone = jnp.arange(len(k.decay)) == gene
+    strength = jnp.where(gone[k.source] | gone[k.target], 0, k.strength)
+    regulated = jnp.zeros_like(k.decay).at[k.target].add(jnp.abs(strength)) > 0
+    left = k._replace(strength=strength, basal=jnp.where(regulated | gone, 0, rates))
+    return left._replace(half=half_responses(left))
+
+
+@functools.partial(jax.jit, static_argnames="cells")
+def sergio_knock_outs(k: Kinetics, rates: Float[Array, "D"], cells: int, *, key: PRNGKeyArray) -> Float[Array, "T N D"]:
+    """Cells of control and of each knock-out as sergio-rs 0.2.3 has them: random moments of *one* trajectory of 150 +
+    10 N steps of 0.01, so that 200 cells are worth about 8. Knock-outs share their noise, whose rows move up by one
+    after the gene that is gone; control has noise of its own. `rates`: of production, for genes without regulators."""
+    steps, genes = 150 + 10 * cells, jnp.arange(len(k.decay))
+    key_control, key_others, key_moments = jr.split(key, 3)
+    of_control, of_others = (jr.normal(key, (steps, len(genes), 1, 1)) for key in (key_control, key_others))
+    moments = 150 + jr.permutation(key_moments, 10 * cells)[:cells]
+    whole = Change(jnp.ones((len(genes), 1, 1)), jnp.ones((len(genes), 1, 1)))
+
+    def one(gene):
+        noise = jnp.where(gene < 0, of_control, of_others[:, genes - (genes > gene)])
+        return langevin(as_sergio(k, gene, rates), whole, noise, 0.01)[1][moments, :, 0, 0]
+
+    return jax.vmap(one)(jnp.arange(-1, len(genes)))
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
 
 
 def technical_noise(rng: np.random.Generator, expression: Float[np.ndarray, "T N D"], outlier: float,

@@ -42,7 +42,10 @@ ROWS = {  # in the order of the tables
     "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
     "target-only": "Target only", "system-mean": "System mean effect", "additive": "Additive",
     "target-gene": "Target gene", "bilinear-ridge": "Bilinear ridge", "constant-mean": "Constant mean",
+    "known-graph": "Known graph, least squares", "known-order": "Known order, ridge",
 }
+# Of a row, what is predicted when its context tells nothing (sample.py): not a row, but the other side of its gain.
+UNINFORMED = {"controls": "over control cells as context", "exchanged": "over exchanged treatments"}
 ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
 # What a trained row has to beat. Not "constant-mean", which is no set of cells.
 SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
@@ -78,7 +81,7 @@ def collect(folder: Path) -> Results:
                            f"python metrics.py {folder}")
         file = json.loads(path.read_text())
         meta = file["meta"]
-        rows.setdefault(re.sub(r"-seed\d+$", "", meta["row"]), []).append(file)
+        rows.setdefault(re.sub(r"-seed\d+(?=~|$)", "", meta["row"]), []).append(file)
         if made.setdefault(meta["split"], meta.get("fingerprint")) != meta.get("fingerprint"):
             raise BadInput(f"{predictions} predicts other data than the files before it; the screen was made anew: "
                            "delete what was predicted from the old one")
@@ -244,7 +247,7 @@ def inputs_section(screens: list[Results], document: dict) -> list[str]:
     found = {}
     for results in screens:
         for row, files in results.rows.items():
-            if "conditions_on" in files[0]["meta"]:
+            if "conditions_on" in files[0]["meta"] and "~" not in row:
                 method = "mappfn" if row.startswith("mappfn") else row.removesuffix("-identity")
                 found[method] = files[0]["meta"]["conditions_on"]
     document["tables"]["inputs"] = found
@@ -277,10 +280,38 @@ def table_section(results: Results, rows: list[str], name: str, title: str, docu
     if gap:
         shares = ", ".join(f"{ROWS.get(row, row)} {share:.0%}" for row, share in gap.items())
         lines += [f"Share of the RMSE between identity and fresh oracle that is closed: {shares}.", ""]
+    lines += gain_lines(results, rows, document)
     if budgets:
         headings = ["better than the best simple row by", *(heading(metric) for metric in METRICS)]
         lines += [*grid(headings, compared), "", *grid(given, budgets), ""]
     return lines
+
+
+def gain_lines(results: Results, rows: list[str], document: dict) -> list[str]:
+    """What a row's metrics owe to its context: by how much they are better than those of the same networks with control
+    cells in the place of all experiments, and with the treatments of the experiments exchanged (sample.py)."""
+    lines, found = [], {}
+    for row in rows:
+        for how, words in UNINFORMED.items():
+            if f"{row}~{how}" not in results.rows:
+                continue
+            items = {}
+            for metric in METRICS:
+                both = [judge.gather(results.rows[name], metric, partial(penalty, metric))
+                        for name in (row, f"{row}~{how}")]
+                item = judge.compare_uses(*both)
+                if item and np.isfinite(item["difference"]):
+                    items[metric] = item
+            found[f"{row}~{how}"] = items
+            cells = dict.fromkeys(METRICS, "–")
+            for metric, item in items.items():
+                error = "" if item["error"] is None else f" ± {item['error']:.3f}"
+                cells[metric] = f"{item['difference']:+.3f}{error}"
+            lines.append([f"{ROWS.get(row, row)}, {words}", *cells.values()])
+    if not lines:
+        return []
+    document["context_gain"] = document.get("context_gain", {}) | {results.name: found}
+    return [*grid(["context gain (± standard error)", *(heading(metric) for metric in METRICS)], lines), ""]
 
 
 def advantages(items: list[dict]) -> list[str]:
@@ -417,7 +448,7 @@ def main() -> None:
     screens = [collect(root / "samples" / name) for name in in_order(names, PAPER)]
     lines = ["# Report", "", f"Numbers of the paper: {SOURCE}.", "", *inputs_section(screens, document)]
     for results in screens:
-        rows = in_order(results.rows.keys() - ABLATED, ROWS)
+        rows = in_order({row for row in results.rows.keys() - ABLATED if "~" not in row}, ROWS)
         if rows:
             lines += table_section(results, rows, results.name, results.title, document)
         if results.rows.keys() & ABLATED:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 import scales
 from scales import BadInput
@@ -58,6 +58,9 @@ class Screen:
     treatment_names: tuple[str, ...]         # [CONTROL] is the control label
     log_expression: bool                     # log1p data: negative values are impossible, AUPRC is defined
     made: dict                               # how: title, section of the table of scales, settings, fingerprint
+    # What only a simulation knows, for metrics and reference rows; no model is given it.
+    means: Float[np.ndarray, "S T D"] | None = None   # true mean of each condition
+    parents: Bool[np.ndarray, "S D D"] | None = None  # [s, k, j]: j acts on k in system s
 
     def pool(self, system: int, treatment: int) -> Float[np.ndarray, "n D"]:
         """All cells of one condition."""
@@ -88,6 +91,12 @@ class Evaluation(NamedTuple):
     identity: Float[np.ndarray, "B N D"]   # second draw of control cells: the paper's "identity" row
     system: Int[np.ndarray, "B"]           # index of the system, and of the treatment, in the screen
     treatment: Int[np.ndarray, "B"]
+
+    def true_means(self, screen: Screen) -> Float[np.ndarray, "B D"]:
+        """Of each task's query, where the screen knows them; else NaN."""
+        if screen.means is None:
+            return np.full(self.given.query.shape, np.nan, np.float32)
+        return screen.means[self.system, self.treatment]
 
 
 # ---------------------------------------------------------------------------------------- drawing a task (Algorithm 1)
@@ -259,9 +268,10 @@ def samples_file(s, row: str, split: int, number: int) -> Path:
 
 def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count: Int[np.ndarray, "S T"],
                  treatments: Float[np.ndarray, "S T D"], split: Int[np.ndarray, "S T"], genes: Iterable[str],
-                 systems: Iterable[str], treatment_names: Iterable[str], log_expression: bool, made: dict) -> None:
+                 systems: Iterable[str], treatment_names: Iterable[str], log_expression: bool, made: dict,
+                 **known: Shaped[np.ndarray, "S ..."]) -> None:
     """Write a screen, whole or not at all. `blocks` are the cells, ordered by system and then by treatment, in as
-    many pieces as is convenient: only one of them is in memory at a time."""
+    many pieces as is convenient: only one of them is in memory at a time. `known`: means and parents."""
     names = {"genes": tuple(genes), "systems": tuple(systems), "treatment_names": tuple(treatment_names)}
     fingerprint = zlib.crc32(np.ascontiguousarray(split, "<i8"))
     with scales.atomic(folder) as temporary:
@@ -275,7 +285,7 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
                 file.write(block)
         start = np.cumsum(count).reshape(count.shape) - count
         np.savez_compressed(temporary / "conditions.npz", start=start, count=count, split=split,
-                            treatments=treatments.astype(np.float32))
+                            treatments=treatments.astype(np.float32), **known)
         about = names | {"log_expression": log_expression, "made": made | {"fingerprint": fingerprint}}
         (temporary / "screen.json").write_text(json.dumps(about, default=str))
 

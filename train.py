@@ -65,7 +65,8 @@ class Settings(Architecture):
     # tasks
     cells: int = 200  # N (B.3)
     context: int = 8  # K (B.2)
-    target_cells: int = 0  # that the loss is of, where a network needs many cells given and few to learn from; 0: N
+    target_cells: int = 0  # that the flow is learnt from, where a network needs many cells given; 0: N
+    mean_loss: float = 0.0  # weight of the mean's error over all N cells, where a network has a mean (exchangeable.py)
     no_knock_out: float = 0.0  # share of tasks whose query is none: counterfactual cells start from that (sample.py)
     permute_genes: bool = False  # each task's genes in an order of its own; for priors, whose genes have no names [D52]
     # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
@@ -103,24 +104,34 @@ SPLIT_SEEDS = 1000  # between the seeds of two splits, so that no split of one r
 # ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
 
 
-def task_loss(network: eqx.Module, task: Task, drop_condition: float, *, key: PRNGKeyArray) -> Float[Array, ""]:
-    """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3)."""
+def task_loss(network: eqx.Module, task: Task, drop_condition: float, target_cells: int = 0, mean_loss: float = 0.0, *,
+              key: PRNGKeyArray) -> Float[Array, ""]:
+    """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3).
+
+    `mean_loss` [D57]: a few cells say little of their mean, which is most of what a knock-out changes, and all of them
+    cost nothing where the network has the mean before it has seen any cell.
+    """
     key_tau, key_noise, key_drop, key_slots = jr.split(key, 4)
     tau = jax.nn.sigmoid(jr.normal(key_tau))  # LogitNormal(0, 1) (A.2)
-    noise = jr.normal(key_noise, task.target.shape)  # Y_0
-    y_tau = (1 - tau) * noise + tau * task.target
+    target = task.target[:target_cells] if target_cells else task.target
+    noise = jr.normal(key_noise, target.shape)  # Y_0
+    y_tau = (1 - tau) * noise + tau * target
     condition = model.prepare(network, task.given, key=key_slots)
     drop = jr.bernoulli(key_drop, drop_condition)  # trains the unconditional flow that guidance needs (A.2)
     velocity = network(y_tau, tau, condition, drop)
     # The paper has the squared Frobenius norm, a sum; here, as in the released code, it is the mean over cells and
     # genes, so that the clipping threshold and the learning rate keep their meaning at every size.
-    return jnp.mean((velocity - (task.target - noise)) ** 2)
+    loss = jnp.mean((velocity - (target - noise)) ** 2)
+    if mean_loss:
+        loss += mean_loss * jnp.mean((condition.mean[drop.astype(int)] - task.target.mean(axis=0)) ** 2)
+    return loss
 
 
-def batch_loss(network: eqx.Module, batch: Task, keys: Key[Array, " B"], drop_condition: float) -> Float[Array, ""]:
+def batch_loss(network: eqx.Module, batch: Task, keys: Key[Array, " B"], drop_condition: float, target_cells: int = 0,
+               mean_loss: float = 0.0) -> Float[Array, ""]:
     """Mean loss of B tasks; `keys` has one key for each."""
     def one(task, key):
-        return task_loss(network, task, drop_condition, key=key)
+        return task_loss(network, task, drop_condition, target_cells, mean_loss, key=key)
 
     return jnp.mean(jax.vmap(one)(batch, keys))
 
@@ -181,7 +192,8 @@ def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
     each, share = PartitionSpec(), PartitionSpec(None, "data")
 
     def loss(parameters, batch, keys):
-        return batch_loss(eqx.combine(parameters, static), batch, keys, s.drop_condition)
+        network = eqx.combine(parameters, static)
+        return batch_loss(network, batch, keys, s.drop_condition, s.target_cells, s.mean_loss)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(each, share, share), out_specs=each, check_vma=False)
     def gradient(parameters, batches, keys):
@@ -230,7 +242,6 @@ def update_tasks(s: Settings, screen: Screen, update: int, share: range | None =
         generators += [scales.generator("tasks", s.seed, update, i * s.micro_batch + j) for j in share]
     batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, s.context, permute=s.permute_genes,
                                no_knock_out=s.no_knock_out)
-    batch = batch._replace(target=batch.target[:, : s.target_cells or s.cells])
     return jax.tree.map(lambda x: x.reshape(s.accumulate, len(share), *x.shape[1:]), batch)
 
 
@@ -365,7 +376,7 @@ def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
 def check(s: Settings) -> None:
     """Raise BadInput for a setting that cannot be used, before any work."""
     scales.check_least(s, {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0,
-                           "target_cells": 0, "log_every": 1, "validate_every": 1, "snapshots": 0,
+                           "target_cells": 0, "mean_loss": 0, "log_every": 1, "validate_every": 1, "snapshots": 0,
                            "learning_rate": 1e-12, "clip": 1e-12})
     if s.seed >= SPLIT_SEEDS:
         raise BadInput(f"--seed {s.seed}: expected less than {SPLIT_SEEDS}")

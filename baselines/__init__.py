@@ -41,7 +41,7 @@ from jaxtyping import Float
 import metrics
 import scales
 import tasks
-from baselines import simple
+from baselines import graph, simple
 from baselines.simple import known_conditions
 from scales import BadInput
 from tasks import VALIDATION, Evaluation, Screen
@@ -74,7 +74,11 @@ METHODS = {  # the simple rows: a class that is fitted to a screen, and predicts
     "bilinear-ridge": simple.BilinearRidge,
     "constant-mean": simple.ConstantMean,
 }
-UNFITTED = ("identity", "target-only")  # of these, what no condition of the screen has a say in
+GRAPH = {  # told the causal graph, or its order only, of linear SCMs
+    "known-graph": graph.KnownGraph,
+    "known-order": graph.KnownOrder,
+}
+UNFITTED = ("identity", "target-only", *GRAPH)  # of these, what no condition of the screen has a say in
 TRAINED = {
     "cpa": Row("cpa.CPA", of_expression=True),
     "condot": Row("condot.CondOT"),
@@ -118,14 +122,16 @@ def options_of(row: str, scale: str, section: str, **changes):
 
 def make(row: str, scale: str, screen: Screen, rng: np.random.Generator, **changes) -> Baseline:
     """A fitted baseline. Raises BadInput if there is nothing to fit it to."""
-    if row in METHODS:
-        return METHODS[row](screen, rng)
+    if row in METHODS | GRAPH:
+        return (METHODS | GRAPH)[row](screen, rng)
     return trained_class(row)(screen, rng, options_of(row, scale, screen.made["section"], **changes))
 
 
 def default_rows(screen: Screen) -> list[str]:
     """The simple rows, the references, and the trained rows that suit the data."""
     rows = [*METHODS, *REFERENCES]
+    if screen.parents is not None:
+        rows += GRAPH
     for name, row in TRAINED.items():
         if screen.log_expression or not row.of_expression:
             rows.append(name)
@@ -137,17 +143,16 @@ def predict(row: str, baseline: Baseline | None, screen: Screen, evaluation: Eva
     """The predictions of one row for all conditions, without `meta`. A row that is handed true cells has no baseline,
     and leaves out conditions that have no such cells."""
     given, target, names = evaluation.given, evaluation.target, np.array(screen.systems)[evaluation.system]
+    known = given.query, evaluation.true_means(screen), names
     if row in REFERENCES:
         cells = getattr(evaluation, REFERENCES[row])
-        p = metrics.Predictions(given.controls, given.controls, target, cells, given.query, names,
-                                screen.log_expression, {})
+        arrays = given.controls, given.controls, target, cells, *known
         keep = np.isfinite(cells).all(axis=(1, 2))
-        return metrics.Predictions(*(array[keep] for array in p[:6]), *p[6:])
+        return metrics.Predictions(*(array[keep] for array in arrays), screen.log_expression, {})
     cells = np.empty_like(target)
     for p, system in enumerate(evaluation.system.tolist()):
         cells[p] = baseline.predict(evaluation.identity[p], system, given.query[p], rng)
-    return metrics.Predictions(given.controls, evaluation.identity, target, cells, given.query, names,
-                               screen.log_expression, {})
+    return metrics.Predictions(given.controls, evaluation.identity, target, cells, *known, screen.log_expression, {})
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage
@@ -249,7 +254,7 @@ def sections(s: Settings) -> tuple[str, ...]:
 def main() -> None:
     """Write all rows of all splits and draws of one screen, or search the options of some."""
     s = scales.parse(Settings, sections)
-    known = (*METHODS, *REFERENCES, *TRAINED)
+    known = (*METHODS, *REFERENCES, *GRAPH, *TRAINED)
     unknown = sorted(set(s.methods) - set(known))
     if unknown:
         raise BadInput(f"--methods {' '.join(unknown)}: expected some of {', '.join(known)}")

@@ -4,6 +4,7 @@ What holds for all five trained methods is tested here, on one screen; their own
 """
 
 import dataclasses
+import itertools
 import functools
 import json
 import sys
@@ -102,6 +103,23 @@ def test_system_mean_recovers_a_constant_shift():
     constant = predict("constant-mean", screen)
     assert np.ptp(constant, axis=1).max() == 0
     np.testing.assert_allclose(constant.mean(1), spread.mean(1), atol=0.3)
+
+
+def test_known_graph_approaches_the_truth(tmp_path):
+    """On linear SCMs, told the graph or its order, what a knock-out does to other variables is found the better the
+    more cells there are, better from the graph than from the order, and spreads are as they should be."""
+    import prior
+    s = prior.Settings("linear", genes=6, systems=0, validation=0, test=8, test_population=4000, out=tmp_path)
+    prior.make_linear(s, prior.screen_folder(s))
+    screen, found = tasks.load_screen(prior.screen_folder(s)), {}
+    for row, cells in itertools.product(baselines.GRAPH, (30, 1500)):
+        baseline = baselines.make(row, "smoke", screen, np.random.default_rng(2))
+        evaluation = tasks.evaluation_tasks(screen, cells, 0)
+        p = baselines.predict(row, baseline, screen, evaluation, np.random.default_rng(2))
+        found[row, cells] = metrics.off_target_r2(p).mean()
+    assert p.prediction.std(axis=1)[p.treatments == 0] == pytest.approx(1, abs=0.1)
+    assert 0.2 < found["known-graph", 30] < 0.95 < found["known-graph", 1500] < 1.01
+    assert found["known-order", 30] < found["known-order", 1500] and found["known-order", 1500] > 0.9
 
 
 @pytest.mark.parametrize("log_expression, value", [(False, 0.8), (True, 0)])

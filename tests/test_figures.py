@@ -56,7 +56,8 @@ def add_row(s, name, row, run, shift=0.0):
     controls, systems = found.given.controls, np.array(screen.systems)[found.system]
     path = tasks.samples_file(figures.of_screen(s, name), row, 0, 0)
     save_predictions(path, Predictions(controls, controls, found.target + shift, found.target + shift,
-                                       found.given.query, systems, screen.log_expression, meta))
+                                       found.given.query, found.true_means(screen), systems, screen.log_expression,
+                                       meta))
 
 
 @pytest.fixture

@@ -32,8 +32,9 @@ def log_cells(seed: int, *shape: int) -> np.ndarray:
 def predictions(**changes) -> metrics.Predictions:
     cells = [normal(i, 2, 40, 5) for i in range(4)]
     meta = {"row": "identity", "settings": {"seed": 0, "out": "x"}}
-    treatments = np.eye(5, dtype=np.float32)[:2]
-    return metrics.Predictions(*cells, treatments, np.array(["a", "b"]), False, meta)._replace(**changes)
+    treatments = changes.pop("treatments", np.eye(5, dtype=np.float32)[:2])
+    unknown = np.full_like(treatments, np.nan)
+    return metrics.Predictions(*cells, treatments, unknown, np.array(["a", "b"]), False, meta)._replace(**changes)
 
 
 def test_golden_values():
@@ -155,11 +156,32 @@ def test_pseudo_values_by_hand():
 def test_what_is_undefined_is_none(log_expression, note):
     """Without effect, rival or differentially expressed gene the result survives JSON, with None and no NaN."""
     cells = np.zeros((1, 40, 5))
-    found = metrics.evaluate(metrics.Predictions(cells, cells, cells, cells, cells[0, :1], np.array(["a"]),
-                                                 log_expression, {}))
+    found = metrics.evaluate(metrics.Predictions(cells, cells, cells, cells, cells[0, :1], cells[0, :1] * np.nan,
+                                                 np.array(["a"]), log_expression, {}))
     assert json.loads(json.dumps(found, allow_nan=False)) == found and metrics.METRICS.keys() <= found.keys()
     assert found["auprc"] is found["target_only"] is found["pds"] is found["magnitude_ratio"] is None
     assert note in found["note"] and found["rmse"] == 0 and found["conditions"]["pds"] == [None]
+
+
+def test_off_target_r2():
+    """0 if nothing but the treated variable moves and 1 for the truth, from few cells as from many, whatever they are
+    of the treated one; None without true means."""
+    rng = np.random.default_rng(0)
+    treatments = 1.3 * np.eye(5)[:3]
+    expected = rng.normal(0, 0.5, (3, 5)) * (treatments == 0) + treatments
+
+    def found(means, cells=8, repeats=400):
+        noise = rng.standard_normal((repeats, 3, cells, 5)) + 99 * (treatments != 0)[:, None]
+        return np.mean([metrics.off_target_r2(predictions(
+            prediction=means[:, None] + each, treatments=treatments, expected=expected)).mean() for each in noise])
+
+    assert found(np.zeros((3, 5))) == pytest.approx(0, abs=0.1)
+    assert found(expected) == pytest.approx(1, abs=0.1) and found(expected, 1000, 2) == pytest.approx(1, abs=0.1)
+    assert found(expected / 2) == pytest.approx(0.75, abs=0.1) and found(-expected) == pytest.approx(-3, abs=0.2)
+    raw = predictions(prediction=np.zeros((3, 8, 5)) + rng.standard_normal((3, 8, 5)), treatments=treatments,
+                      expected=expected, meta={"settings": {"counterfactual": True}})
+    assert metrics.off_target_r2(raw).mean() < metrics.off_target_r2(raw._replace(meta={})).mean()
+    assert metrics.evaluate(predictions())["off_target_r2"] is None
 
 
 def test_w2_rewards_shrinking():
@@ -186,7 +208,7 @@ def test_files_round_trip(tmp_path):
     assert not metrics.finished(path, {})
     metrics.save_predictions(path, predictions())
     for saved, loaded in zip(predictions(), metrics.load_predictions(path)):
-        assert np.array_equal(saved, loaded)
+        np.testing.assert_array_equal(saved, loaded)  # NaN is NaN
     assert metrics.finished(path, {"seed": 0, "out": Path("x")})
     with pytest.raises(BadInput, match="seed 0, now 1"):
         metrics.finished(path, {"seed": 1, "out": Path("x")})

@@ -218,7 +218,7 @@ def test_knock_outs_share_noise_only_if_paired(monkeypatch):
     monkeypatch.setattr(prior, "sample_network", lambda rng, genes, dropout: noisy)
 
     def correlation(unpaired, a, b):
-        counts = prior.simulate_grn(0, 6, 300, unpaired, 0)[1]
+        counts = prior.simulate_grn(prior.Settings("grn", genes=6, unpaired=unpaired), 0, 300)[1]
         return np.mean([np.corrcoef(counts[a][:, g], counts[b][:, g])[0, 1] for g in (2, 3, 4, 5)])
 
     assert correlation(False, 1, 2) > 0.95
@@ -232,7 +232,7 @@ def test_only_the_noise_differs_in_the_ablation(monkeypatch):
     for unpaired in (False, True):
         called = []
         monkeypatch.setattr(prior, "simulate_condition", lambda *words: called.append(words) or np.zeros((9, 6), int))
-        network, _ = prior.simulate_grn(3, 6, 9, unpaired, 5)
+        network, _ = prior.simulate_grn(prior.Settings("grn", genes=6, unpaired=unpaired, seed=3), 5, 9)
         networks, treatments, _, rates, noise, technical = zip(*called)
         assert treatments == tuple(range(7)) and len(set(rates)) == 1
         assert len(set(noise)) == len(set(technical)) == 1 + 6 * unpaired and not set(noise) & set(technical)
@@ -309,7 +309,7 @@ def test_grn_screen_is_normalised_log_expression(tmp_path):
     screen = screen_of(s)
     totals = []
     for number in range(6):
-        _, conditions = prior.simulate_grn(0, 5, 20 if number < 4 else 30, False, number)
+        _, conditions = prior.simulate_grn(s, number, 20 if number < 4 else 30)
         totals.extend(np.concatenate(conditions).sum(axis=1))
     restored = np.expm1(screen.cells).sum(axis=1)
     np.testing.assert_allclose(restored, np.where(np.array(totals) > 0, np.median(totals), 0), rtol=1e-4)
@@ -328,7 +328,7 @@ def test_causal_screen(tmp_path):
     assert screen.made["section"] == "grn" and "causal" in screen.made["title"] and (screen.count > 0).all()
     for system, t in np.ndindex(5, 5):
         assert not screen.pool(system, t + 1)[:, t].any()
-    again, other = (prior.simulate_causal(0, 5, 20, number, s.dropout) for number in (1, 2))
+    again, other = (prior.simulate_own(s, number, 20) for number in (1, 2))
     np.testing.assert_array_equal(np.concatenate(again) > 0, np.concatenate([screen.pool(1, t) for t in range(6)]) > 0)
     assert not np.array_equal(again[0], other[0])
 

@@ -306,3 +306,18 @@ def test_counterfactual_cells_need_a_model_that_knows_no_knock_out(trained, main
     s = trained.settings
     with pytest.raises(BadInput, match="without --no-knock-out"):
         main(sample, "--screen", "dags", "--scale", "smoke", "--out", s.out, "--model", "dags", "--counterfactual")
+
+
+def test_uninformed_contexts():
+    """Control cells in the place of every experiment, or every experiment under the treatment of another: all else is
+    as it was."""
+    rng = np.random.default_rng(0)
+    given = tasks.Given(rng.normal(size=(2, 5, 4)), rng.normal(size=(2, 3, 5, 4)),
+                        np.stack([np.eye(4)[:3], np.eye(4)[1:]]), np.eye(4)[[3, 0]])
+    controls, exchanged = (sample.uninformed(given, how) for how in sample.UNINFORMED)
+    assert (controls.context == given.controls[:, None]).all() and controls.context.shape == given.context.shape
+    assert (exchanged.context_treatments != given.context_treatments).any(axis=-1).all()
+    np.testing.assert_array_equal(exchanged.context_treatments.sum(axis=1), given.context_treatments.sum(axis=1))
+    for changed, name in ((controls, "context"), (exchanged, "context_treatments")):
+        for field in tasks.Given._fields:
+            assert (getattr(changed, field) is getattr(given, field)) == (field != name)

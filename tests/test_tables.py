@@ -51,6 +51,20 @@ def report(tmp_path, monkeypatch):
     return run
 
 
+def test_gain_of_the_context(linear, report):
+    """Each training is compared with itself: levels that differ from seed to seed leave no error, and the rows with an
+    uninformed context are in no other table."""
+    for seed, level in enumerate((0.2, 0.5, 0.9)):
+        for row, rmse in (("", level), ("~controls", level + 0.125)):
+            result(linear, f"mappfn-seed{seed}{row}", systems=("a", "b", "c"), treatments=("x",) * 3, rmse=rmse,
+                   meta={"trained_seed": seed})
+    text, document = report()
+    item = document["context_gain"]["linear"]["mappfn~controls"]["rmse"]
+    assert item["difference"] == near(0.125) and item["error"] == near(0) and item["trainings"] == 3
+    assert "| MapPFN, over control cells as context |" in text and "+0.125 ± 0.000" in text
+    assert [entry["row"] for entry in document["tables"]["linear"]["rows"]] == ["mappfn"]
+
+
 def test_mean_and_spread(linear):
     """Three seeds with RMSE 0.1, 0.2 and 0.6 are 0.3 +- 0.2646 (n - 1), one row with one budget; MMD is in
     thousandths; beside them stand the paper's numbers."""
