@@ -60,6 +60,34 @@ CLAIMS = [
           (("mappfn-pretrained", ("mappfn-unpaired",)),),
           {"real": ALL}),
 ]
+# What the second network and our own priors are worth (beyond.sh): no claim of the paper, but judged as one.
+SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")  # not
+#        "constant-mean", which is no set of cells
+PRIORS = ("grn-unpaired-redrawn", "grn-unpaired", "grn", "causal", "panel")
+NETWORKS = {"exchangeable": "the exchangeable network", "mappfn": "the paper's network"}
+
+
+def steps() -> list[Claim]:
+    """From one prior to the next, for each network; from one network to the other, for each prior; from new cells to
+    counterfactual ones; and against what needs no training."""
+    names = ("The amplitude of the noise is held: better than redrawn for each condition, as released",
+             "Paired noise is better than unpaired", "Effects that propagate, twins, repression (causal) are better than "
+             "sergio-rs's", "Made as screens are made (panel) is better than causal")
+    wanted, found = {"real": ALL}, []
+    for name, before, after in zip(names, PRIORS, PRIORS[1:]):
+        pairs = tuple((f"{network}-{after}", (f"{network}-{before}",)) for network in NETWORKS)
+        found.append(Claim(name, "both networks", pairs, wanted))
+    found.append(Claim("The exchangeable network is better than the paper's", "on each prior, zero-shot",
+                       tuple((f"exchangeable-{prior}", (f"mappfn-{prior}",)) for prior in PRIORS), wanted))
+    found.append(Claim("Counterfactual cells are better than new ones", "on each prior, the exchangeable network",
+                       tuple((f"exchangeable-{prior}-cf", (f"exchangeable-{prior}",)) for prior in PRIORS), wanted))
+    found.append(Claim("Counterfactual cells of the best prior are better, zero-shot, than every simple row",
+                       "the hardest simple row", (("exchangeable-panel-cf", SIMPLE),), wanted))
+    found.append(Claim("Fine-tuned they are better than zero-shot", "one prior",
+                       (("exchangeable-panel-tuned-cf", ("exchangeable-panel-cf",)),), wanted))
+    return found
+
+
 FIGURE_CLAIMS = {  # figure -> what the paper says, what is compared
     "variance": ("The paired prior converges faster and to higher performance than the unpaired prior (Figure 2)",
                  "Correlation of variances: paired minus unpaired in the first third of the snapshots (faster), and in "

@@ -62,6 +62,7 @@ class Predictions(NamedTuple):
     systems: Shaped[np.ndarray, "P"]         # name of the system of each condition
     log_expression: bool                     # log1p data, for which AUPRC is defined
     meta: dict                               # screen, row, split, draw, seed, scale, revision, settings...
+    twins: Float[np.ndarray, "P N D"] | None = None  # what each `source` cell would have been, where that is known
 
 
 @functools.cache
@@ -263,6 +264,16 @@ def off_target_r2(p: Predictions) -> Float[np.ndarray, "P"]:
     return 1 - (error * off).sum(axis=1) / effect
 
 
+def twin_rmse(p: Predictions) -> Float[np.ndarray, "P"]:
+    """How far each predicted cell is from what the control cell that it was made from would have been: root mean square
+    over cells and all variables but the treated one. NaN where that is not known, or cells are new ones."""
+    if p.twins is None:
+        return np.full(len(p.target), np.nan)
+    off = (p.treatments == 0)[:, None]
+    squared = ((p.prediction - p.twins) ** 2 * off).mean(axis=(1, 2), dtype=float)
+    return np.sqrt(squared / off.mean(axis=(1, 2)))
+
+
 class Metric(NamedTuple):
     """A column of the tables."""
     heading: str
@@ -281,6 +292,7 @@ METRICS = {
     "auprc": Metric("AUPRC", 1, "higher", pooled_auprc),
     "variance_rmse": Metric("variance RMSE", 1, "lower", each(variance_rmse)),
     "off_target_r2": Metric("off-target R2", 1, "higher", off_target_r2),
+    "twin_rmse": Metric("twin RMSE", 1, "lower", twin_rmse),
 }
 
 
@@ -342,6 +354,8 @@ def save_predictions(path: str | Path, p: Predictions) -> None:
     arrays = p._asdict()
     for name in ("controls", "source", "target", "prediction", "treatments", "expected"):
         arrays[name] = np.asarray(arrays[name], np.float32)
+    if p.twins is None:
+        del arrays["twins"]
     arrays["meta"] = json.dumps(p.meta, default=str)
     with scales.atomic(path) as temporary:
         np.savez_compressed(temporary, **arrays)
@@ -353,7 +367,7 @@ def load_predictions(path: str | Path) -> Predictions:
         raise BadInput(f"{path}: no such file; sample.py and baselines write files of predictions")
     try:
         with np.load(path) as file:
-            p = Predictions(**{name: file[name] for name in Predictions._fields})
+            p = Predictions(**{name: file[name] for name in Predictions._fields if name != "twins" or name in file})
         meta = dict(json.loads(str(p.meta)))
         p = p._replace(log_expression=bool(p.log_expression), meta=meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError,

@@ -52,7 +52,7 @@ from tyro.conf import Positional
 import scales
 import tasks
 from scales import BadInput
-from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION
+from tasks import ABSENT, KNOWN_ONLY, CONTROL, TEST, TRAIN, VALIDATION, Evaluation, Screen
 
 
 @dataclass(frozen=True)
@@ -168,18 +168,40 @@ def standardise(cells: Float[np.ndarray, "... N D"]) -> Float[np.ndarray, "... N
     return np.clip(cells / sd, -10, 10)
 
 
+def do(w: Float[np.ndarray, "D D"], node: int) -> tuple[Float[np.ndarray, "D D"], Float[np.ndarray, "D"]]:
+    """Transfer T of z = T noise once `node` is set, whose value takes the place of its noise; and what each variable of
+    infinitely many such cells is divided by when they are standardised."""
+    w_do, noise = w.copy(), np.ones(len(w))
+    w_do[node], noise[node] = 0, 0
+    transfer = np.linalg.inv(np.eye(len(w)) - w_do)
+    spread = np.sqrt(transfer**2 @ noise)
+    return transfer, np.where(spread > 0, spread, 1)
+
+
 def true_means(w: Float[np.ndarray, "D D"], values: Float[np.ndarray, "D"]) -> Float[np.ndarray, "T D"]:
     """Mean of each variable, control first, then under each do(z_t = values[t]), of infinitely many cells that are
     standardised: what the off-target R2 is against (metrics.py)."""
-    genes = len(w)
-    means = [np.zeros(genes)]
-    for node in range(genes):
-        w_do, noise, value = w.copy(), np.ones(genes), np.zeros(genes)
-        w_do[node], noise[node], value[node] = 0, 0, values[node]
-        transfer = np.linalg.inv(np.eye(genes) - w_do)
-        variance = transfer**2 @ noise
-        means.append(transfer @ value / np.where(variance > 0, np.sqrt(variance), 1))
+    means = [np.zeros(len(w))]
+    for node, value in enumerate(values.tolist()):
+        transfer, spread = do(w, node)
+        means.append(transfer[:, node] * value / spread)
     return np.array(means, np.float32)
+
+
+def twins(screen: Screen, evaluation: Evaluation,
+          cells: Float[np.ndarray, "P N D"]) -> Float[np.ndarray, "P N D"] | None:
+    """What each of these control cells would have been under the query of its task: its noise is found (abduction), the
+    variable is set (action), and the equations are solved again (prediction). None for a screen without weights."""
+    if screen.weights is None:
+        return None
+    found = []
+    for i, (s, t) in enumerate(zip(evaluation.system.tolist(), evaluation.treatment.tolist())):
+        w, node = screen.weights[s].astype(float), t - 1
+        noise = cells[i] * screen.scale[s] @ (np.eye(len(w)) - w).T
+        noise[:, node] = evaluation.given.query[i, node]
+        transfer, spread = do(w, node)
+        found.append(noise @ transfer.T / spread)
+    return np.array(found, np.float32)
 
 
 def make_linear(s: Settings, folder: Path) -> None:
@@ -189,19 +211,21 @@ def make_linear(s: Settings, folder: Path) -> None:
     rng = scales.generator("prior", s.seed)
     values = rng.uniform(0.5, 1.5, (len(part), s.genes)).astype(np.float32)
     means = np.zeros((len(part), 1 + s.genes, s.genes), np.float32)
-    parents = np.zeros((len(part), s.genes, s.genes), bool)
+    weights = np.zeros((len(part), s.genes, s.genes), np.float32)
+    scale = np.zeros((len(part), s.genes), np.float32)
 
     def blocks() -> Iterator[np.ndarray]:
         for number in tqdm(range(len(part)), unit=" graphs"):
             rng = scales.generator("prior", s.seed, number)
             w = sample_dag(rng, s.genes)
-            means[number], parents[number] = true_means(w, values[number]), w != 0
             simulated = simulate_linear(rng, w, values[number], int(cells[number]))
+            means[number], weights[number] = true_means(w, values[number]), w
+            scale[number] = simulated[CONTROL].std(axis=0)
             yield standardise(simulated).reshape(-1, s.genes)
 
     count = np.repeat(cells[:, None], 1 + s.genes, axis=1)
     made = {"title": "Linear SCMs", "section": s.what, "paper": "linear"}
-    write(s, folder, blocks(), count, values, part, False, made, means=means, parents=parents)
+    write(s, folder, blocks(), count, values, part, False, made, means=means, weights=weights, scale=scale)
 
 
 # -------------------------------------------------------------------- graphs of gene regulatory networks (B.2, Table 5)
@@ -385,7 +409,8 @@ def simulate_own(s: Settings, index: int, population: int) -> list[Num[np.ndarra
     rates = np.where(rng.random(genes) < 0.5, low, high)
     basal = np.where(network.strength.any(axis=1), 0.0, rates)
     if s.what == "sergio":
-        kinetics = simulator.pack(network.strength, network.hill.astype(float), basal, network.decay, network.process_noise)
+        hill = network.hill.astype(float)
+        kinetics = simulator.pack(network.strength, hill, basal, network.decay, network.process_noise)
         expression = simulator.sergio_knock_outs(kinetics, rates.astype(np.float32), population, key=key)
     else:
         signs = np.where(rng.random((genes, genes)) < simulator.REPRESSES, -1.0, 1.0)

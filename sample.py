@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import metrics
 import model
+import prior
 import scales
 import tasks
 import train
@@ -359,7 +360,8 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     controls = evaluation.given.controls
     names = np.array(screen.systems)[evaluation.system]
     return metrics.Predictions(controls, controls, evaluation.target, cells, evaluation.given.query,
-                               evaluation.true_means(screen), names, screen.log_expression, meta)
+                               evaluation.true_means(screen), names, screen.log_expression, meta,
+                               prior.twins(screen, evaluation, controls) if s.counterfactual else None)
 
 
 def main() -> None:

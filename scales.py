@@ -41,6 +41,18 @@ TABLE = {
         "cells":                 (16,        16),            # cells N of a population in a task
         "context":               (2,          4),            # context experiments K
     },
+    "exchangeable": {          # the second network (exchangeable.py) [D57]; its paper scale has not been tried
+        "width":                 (12,        48,      128),
+        "depth":                 (2,          3,        4),
+        "heads":                 (2,          4,        8),
+        "micro_batch":           (4,          8,       32),
+        "accumulate":            (1,          1,        1),
+        "learning_rate":         (2e-3,    2e-3,     5e-4),
+        "cells":                 (32,       100,      200),
+        "target_cells":          (8,         16,       32),
+        "mean_loss":             (3.0,      3.0,      3.0),
+        "no_knock_out":          (0.1,      0.1,      0.1),
+    },
     "linear": {                # linear SCMs (5.1, B.1): the screen, and training on it
         "genes":                 (8,         20,       20),  # variables D (5.1)
         "systems":               (128,     1000,     1000),  # random DAGs (B.1)

@@ -25,7 +25,7 @@ import numpy as np
 
 import judge
 import scales
-from claims import CLAIMS, FIGURE_CLAIMS, Claim
+from claims import CLAIMS, FIGURE_CLAIMS, SIMPLE, Claim, steps
 from metrics import METRICS, prediction_files, up_to_date
 from scales import BadInput
 
@@ -47,8 +47,6 @@ ROWS = {  # in the order of the tables
 # Of a row, what is predicted when its context tells nothing (sample.py): not a row, but the other side of its gain.
 UNINFORMED = {"controls": "over control cells as context", "exchanged": "over exchanged treatments"}
 ABLATED = ("mappfn-unpaired", "mappfn-no-context")  # Table 4 only
-# What a trained row has to beat. Not "constant-mean", which is no set of cells.
-SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
 JUDGED = ("Differences: positive is better (MR: closer to 1). ± is the standard error, brackets: 95% interval, before "
           "correction; judge.py says what they allow for: conditions, overlapping splits (Nadeau and Bengio, 2003), "
           "trainings. Better, worse: p < 0.05 after Holm's correction over the metrics of a claim or row. A trained "
@@ -60,6 +58,7 @@ class Settings:
     """Make the report of one scale from whatever was run."""
     scale: str = "laptop"  # column of the table in scales.py
     out: Path = Path("out")  # everything is below out/<scale>
+    beyond: bool = False  # of beyond.sh: its comparisons take the place of the paper's claims and figures
 
 
 class Results(NamedTuple):
@@ -373,12 +372,12 @@ def judged(claim: Claim, screens: list[Results], document: dict) -> list[dict]:
             for comparisons in of_row.values():
                 items.append(judge.hardest(comparisons, margin))
                 if len(claim.pairs) > 1:
-                    items[-1]["what"] = f"{ROWS[row]}, {items[-1]['what']}"
+                    items[-1]["what"] = f"{ROWS.get(row, row)}, {items[-1]['what']}"
         if items:
             waiting.discard(results.paper)
             outcome = judge.verdict(judge.decide(items, margin if claim.margin else None))
             if absent:
-                outcome += f" (without {', '.join(ROWS[row] for row in absent)}, not run)"
+                outcome += f" (without {', '.join(ROWS.get(row, row) for row in absent)}, not run)"
             found.append({"screen": results.name, "outcome": outcome, "items": items})
     for name in sorted(waiting):
         reason = document["tables"].get(name, {}).get("not_run", "no such rows to compare")
@@ -400,12 +399,14 @@ def judged_by_figure(figure: dict) -> list[dict]:
     return found
 
 
-def claim_section(screens: list[Results], document: dict) -> list[str]:
-    """What the paper says, what was asked, and what came of it on each screen."""
-    claims = [(claim.says, claim.asks, judged(claim, screens, document)) for claim in CLAIMS]
-    for name, (says, asks) in FIGURE_CLAIMS.items():
+def claim_section(screens: list[Results], document: dict, beyond: bool = False) -> list[str]:
+    """What the paper says, or what beyond.sh asks, and what came of it on each screen."""
+    claims = []
+    for claim in steps() if beyond else CLAIMS:
+        claims.append((claim.says, claim.asks, judged(claim, screens, document)))
+    for name, (says, asks) in {} if beyond else FIGURE_CLAIMS.items():
         claims.append((says, asks, judged_by_figure(document["figures"].get(name, {}))))
-    lines = ["## What the paper claims, and what was found", "", JUDGED, ""]
+    lines = [f"## What {'is asked' if beyond else 'the paper claims'}, and what was found", "", JUDGED, ""]
     for number, (says, asks, found) in enumerate(claims, 1):
         document["claims"].append({"number": number, "paper": says, "asked": asks, "judged": found})
         rows = []
@@ -455,8 +456,9 @@ def main() -> None:
             title = "Table 4. Ablations, " + results.title.split(". ", 1)[-1]
             rows = in_order(results.rows.keys() & {"mappfn-pretrained", *ABLATED}, ROWS)
             lines += table_section(results, rows, f"{results.name}-ablations", title, document)
-    lines += missing_sections(root, screens, document) + figure_section(root, document)
-    lines += claim_section(screens, document) + run_section(root, document)
+    if not s.beyond:
+        lines += missing_sections(root, screens, document) + figure_section(root, document)
+    lines += claim_section(screens, document, s.beyond) + run_section(root, document)
     tag = f" ({s.scale} scale, not comparable with the paper's)"
     if s.scale == "paper":
         tag = ""

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 import scales
 from scales import BadInput
@@ -58,9 +58,10 @@ class Screen:
     treatment_names: tuple[str, ...]         # [CONTROL] is the control label
     log_expression: bool                     # log1p data: negative values are impossible, AUPRC is defined
     made: dict                               # how: title, section of the table of scales, settings, fingerprint
-    # What only a simulation knows, for metrics and reference rows; no model is given it.
-    means: Float[np.ndarray, "S T D"] | None = None   # true mean of each condition
-    parents: Bool[np.ndarray, "S D D"] | None = None  # [s, k, j]: j acts on k in system s
+    # What is known of linear SCMs, for metrics and reference rows; no model is given it.
+    means: Float[np.ndarray, "S T D"] | None = None    # true mean of each condition
+    weights: Float[np.ndarray, "S D D"] | None = None  # [s, k, j]: effect of j on k in system s
+    scale: Float[np.ndarray, "S D"] | None = None      # by which control cells were divided
 
     def pool(self, system: int, treatment: int) -> Float[np.ndarray, "n D"]:
         """All cells of one condition."""
@@ -271,7 +272,7 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
                  systems: Iterable[str], treatment_names: Iterable[str], log_expression: bool, made: dict,
                  **known: Shaped[np.ndarray, "S ..."]) -> None:
     """Write a screen, whole or not at all. `blocks` are the cells, ordered by system and then by treatment, in as
-    many pieces as is convenient: only one of them is in memory at a time. `known`: means and parents."""
+    many pieces as is convenient: only one of them is in memory at a time. `known`: means, weights, scale."""
     names = {"genes": tuple(genes), "systems": tuple(systems), "treatment_names": tuple(treatment_names)}
     fingerprint = zlib.crc32(np.ascontiguousarray(split, "<i8"))
     with scales.atomic(folder) as temporary:

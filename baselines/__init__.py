@@ -39,6 +39,7 @@ import numpy as np
 from jaxtyping import Float
 
 import metrics
+import prior
 import scales
 import tasks
 from baselines import graph, simple
@@ -130,7 +131,7 @@ def make(row: str, scale: str, screen: Screen, rng: np.random.Generator, **chang
 def default_rows(screen: Screen) -> list[str]:
     """The simple rows, the references, and the trained rows that suit the data."""
     rows = [*METHODS, *REFERENCES]
-    if screen.parents is not None:
+    if screen.weights is not None:
         rows += GRAPH
     for name, row in TRAINED.items():
         if screen.log_expression or not row.of_expression:
@@ -152,7 +153,9 @@ def predict(row: str, baseline: Baseline | None, screen: Screen, evaluation: Eva
     cells = np.empty_like(target)
     for p, system in enumerate(evaluation.system.tolist()):
         cells[p] = baseline.predict(evaluation.identity[p], system, given.query[p], rng)
-    return metrics.Predictions(given.controls, evaluation.identity, target, cells, *known, screen.log_expression, {})
+    twins = prior.twins(screen, evaluation, evaluation.identity)
+    return metrics.Predictions(given.controls, evaluation.identity, target, cells, *known, screen.log_expression, {},
+                               twins)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage

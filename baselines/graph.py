@@ -21,7 +21,7 @@ class KnownGraph:
     """Least squares of each variable on its parents, in the control cells, and from there what do(t) does."""
 
     def __init__(self, screen: Screen, rng: np.random.Generator):
-        self.parents = screen.parents
+        self.parents = screen.weights != 0
 
     def allowed(self, system: int) -> Bool[np.ndarray, "D D"]:
         """[k, j]: j may be a cause of k."""

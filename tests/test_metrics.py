@@ -184,6 +184,17 @@ def test_off_target_r2():
     assert metrics.evaluate(predictions())["off_target_r2"] is None
 
 
+def test_twin_rmse():
+    """Cell by cell, without the treated variable: twins themselves are at 0, in another order they are not; None for
+    new cells."""
+    twins = normal(8, 2, 40, 5)
+    moved = twins + np.array([[[9, 0, 0, 0, 2.0]], [[0, 9, 0, 0, 2.0]]], np.float32)
+    p = predictions(prediction=moved, twins=twins)
+    assert metrics.twin_rmse(p) == pytest.approx(1.0) and metrics.twin_rmse(p._replace(prediction=twins)).max() == 0
+    assert metrics.twin_rmse(p._replace(prediction=twins[:, ::-1])).min() > 1
+    assert metrics.evaluate(predictions())["twin_rmse"] is None
+
+
 def test_w2_rewards_shrinking():
     """In W2 a fresh sample of the truth loses to the same cells shrunk by 0.7, or to a point; not so in variances."""
     true, fresh = normal(0, 200, 50, scale=0.45), normal(1, 200, 50, scale=0.45)
@@ -207,8 +218,10 @@ def test_files_round_trip(tmp_path):
     path = tmp_path / "new" / "a.npz"
     assert not metrics.finished(path, {})
     metrics.save_predictions(path, predictions())
-    for saved, loaded in zip(predictions(), metrics.load_predictions(path)):
-        np.testing.assert_array_equal(saved, loaded)  # NaN is NaN
+    for p in (predictions(), predictions(twins=normal(5, 2, 40, 5))):
+        metrics.save_predictions(path, p)
+        for saved, loaded in zip(p, metrics.load_predictions(path)):
+            np.testing.assert_array_equal(saved, loaded)  # NaN is NaN
     assert metrics.finished(path, {"seed": 0, "out": Path("x")})
     with pytest.raises(BadInput, match="seed 0, now 1"):
         metrics.finished(path, {"seed": 1, "out": Path("x")})

@@ -418,3 +418,20 @@ def test_killed_run_leaves_nothing_behind(tmp_path):
     whole = prior.screen_folder(dataclasses.replace(s, out=tmp_path / "whole"))
     for path in whole.iterdir():
         assert path.read_bytes() == (prior.screen_folder(s) / path.name).read_bytes()
+
+
+def test_twins_and_true_means(tmp_path):
+    """Twins of many control cells are distributed as the cells of the knock-out are; the treated variable is at its
+    value; what is not downstream stays, cell by cell; and their mean is the true one."""
+    s = prior.Settings("linear", genes=5, systems=0, validation=0, test=2, test_population=20_000, out=tmp_path)
+    prior.make_linear(s, prior.screen_folder(s))
+    screen = tasks.load_screen(prior.screen_folder(s))
+    e = tasks.evaluation_tasks(screen, 9_000, 0)
+    found, means = prior.twins(screen, e, e.given.controls), e.true_means(screen)
+    for i, (system, t) in enumerate(zip(e.system, e.treatment)):
+        np.testing.assert_allclose(found[i].mean(0), means[i], atol=0.06)
+        np.testing.assert_allclose(np.cov(found[i].T), np.cov(e.target[i].T), atol=0.08)
+        assert np.ptp(found[i][:, t - 1]) < 1e-6 and found[i][0, t - 1] == pytest.approx(e.given.query[i, t - 1])
+        w = screen.weights[system]
+        reached = np.linalg.inv(np.eye(5) - w)[:, t - 1] != 0
+        np.testing.assert_allclose(found[i][:, ~reached], e.given.controls[i][:, ~reached], rtol=0.03, atol=0.03)

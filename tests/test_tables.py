@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 
+import claims
 import judge
 import scales
 import tables
@@ -31,7 +33,7 @@ def result(folder, row, split=0, draw=0, systems=("all",), treatments=("a",), co
     if folder.name in tables.PAPER:
         about["paper"] = folder.name
     if "-seed" in row:
-        about["trained_seed"] = int(row.split("-seed")[1])
+        about["trained_seed"] = int(re.search(r"-seed(\d+)", row)[1])
     file.write_text(json.dumps({"meta": about | (meta or {}), "metrics": numbers}))
 
 
@@ -287,3 +289,26 @@ def test_stale_results_are_refused(report, linear, problem, message):
     with pytest.raises(BadInput, match=message):
         report()
     assert (linear.parents[1] / "report.md").read_text() == text
+
+
+def test_comparisons_beyond_the_paper():
+    """Each network from prior to prior, each prior from network to network, all on real screens; nothing twice."""
+    found = claims.steps()
+    pairs = [(row, rivals) for claim in found for row, rivals in claim.pairs]
+    assert len(pairs) == len(set(pairs)) == 2 * 4 + 5 + 5 + 1 + 1
+    assert ("mappfn-panel", ("mappfn-causal",)) in pairs and ("exchangeable-grn", ("mappfn-grn",)) in pairs
+    assert all(claim.wanted == {"real": claims.ALL} for claim in found)
+
+
+def test_report_beyond_the_paper(tmp_path, monkeypatch):
+    """The comparisons take the place of the paper's claims; rows that are not there are named."""
+    folder = tmp_path / "smoke" / "samples" / "leukemia"
+    for seed in range(3):
+        for row, rmse in (("mappfn-panel", 0.5), ("exchangeable-panel", 0.25)):
+            result(folder, f"{row}-seed{seed}", treatments=("a", "b"), systems=("s", "s"), rmse=rmse,
+                   log_expression=True)
+    monkeypatch.setattr(scales, "parse", lambda *a: tables.Settings("smoke", tmp_path, beyond=True))
+    tables.main()
+    text = (tmp_path / "smoke" / "report.md").read_text()
+    assert "The exchangeable network is better than the paper's" in text and CLAIMS[0].says not in text
+    assert "exchangeable-panel, RMSE against mappfn-panel: better, +0.250" in text and "(without" in text

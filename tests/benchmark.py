@@ -1,0 +1,162 @@
+"""How fast things are on this machine, each as a ratio within one run: printed, never asserted.
+
+    python tests/benchmark.py            five minutes on two quiet CPU cores
+    python tests/benchmark.py training   one part: training, sampling, simulators, growth
+
+What is compared with what is said in each line. Training is at 20 genes, 100 cells, K = 4, batches of 8.
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import model
+import prior
+import sample
+import scales
+import simulator
+import tasks
+import train
+
+PAPERS = {"width": 128, "depth": 4, "heads": 4, "remat": False}
+OURS = {"network": "exchangeable.Exchangeable", "target_cells": 16, "mean_loss": 3.0}
+
+
+def seconds(call: Callable, least: float = 3.0) -> float:
+    """Of one call, compiled and run before: the median of as many as `least` seconds have room for, at least three."""
+    jax.block_until_ready(call())
+    found: list[float] = []
+    while len(found) < 3 or sum(found) < least:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return float(np.median(found))
+
+
+def peak() -> float:
+    """Operations a second of a product of matrices."""
+    x = jnp.ones((2048, 2048))
+    product = jax.jit(lambda x: x @ x)
+    return 2 * 2048**3 / seconds(lambda: product(x))
+
+
+def random_task(genes: int, cells: int, experiments: int, batch: int) -> tasks.Task:
+    """Tasks of noise."""
+    rng = np.random.default_rng(0)
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    treatments = np.eye(genes, dtype=np.float32)[: experiments + 1]
+    treatments = np.broadcast_to(treatments, (batch, *treatments.shape))
+    given = tasks.Given(normal((batch, cells, genes)), normal((batch, experiments, cells, genes)), treatments[:, 1:],
+                        treatments[:, 0])
+    return tasks.Task(given, normal((batch, cells, genes)))
+
+
+def update(genes: int = 20, cells: int = 100, experiments: int = 4, **settings) -> tuple[float, float]:
+    """Tasks a second of an update of 8 tasks, and operations a second."""
+    s = train.Settings(cells=cells, context=experiments, micro_batch=8, accumulate=1, **settings)
+    mesh, everywhere, shared = train.shardings()
+    network = model.build(s, genes, key=jr.key(0))
+    parameters, static = eqx.partition(network, eqx.is_inexact_array)
+    step = train.make_update(s, static, mesh)
+    state = train.State(parameters, train.make_optimiser(s).init(parameters),
+                        jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), int))
+    batch = jax.tree.map(lambda x: x[None], random_task(genes, cells, experiments, 8))
+    batch = train.placed(batch, shared)
+    holder = [train.placed(state, everywhere)]
+    operations = step.lower(holder[0], batch, jr.key(0)).cost_analysis()["flops"] * jax.device_count()
+
+    def call():
+        holder[0], loss, _ = step(holder[0], batch, jr.key(0))
+        return loss
+
+    spent = seconds(call)
+    return 8 / spent, operations / spent
+
+
+def training() -> None:
+    """Both networks: tasks a second, and share of the peak."""
+    best = peak()
+    print(f"product of matrices: {best / 1e9:.0f} GFLOP/s")
+    rows = {"the paper's network": update(**PAPERS), "exchangeable, as wide, all cells": update(**PAPERS | OURS | {
+        "target_cells": 0}), "exchangeable, as wide, 16 cells to learn from": update(**PAPERS | OURS),
+        "exchangeable, width 48, 3 blocks, 16 cells": update(**OURS, width=48, depth=3, heads=4)}
+    first = rows["the paper's network"][0]
+    for name, (speed, operations) in rows.items():
+        print(f"training, {name}: {speed:.1f} tasks/s, {operations / best:.0%} of that, {speed / first:.1f} times")
+
+
+def accurate(network: eqx.Module, given: tasks.Given, guidance: float) -> int:
+    """Fewest of some numbers of steps from which no value is further than 1e-3 from 100 steps."""
+    exact = sample.generate(network, given, guidance, 100, key=jr.key(1))
+    for steps in (2, 3, 4, 5, 7, 10, 15, 25, 50):
+        if np.abs(sample.generate(network, given, guidance, steps, key=jr.key(1)) - exact).max() < 1e-3:
+            return steps
+    return 100
+
+
+def sampling() -> None:
+    """Against the paper's network, guided, in 100 steps, which are 601 evaluations of twice as many cells."""
+    given = random_task(20, 100, 4, 1).given
+    released = None
+    for name, settings, guidances in (("the paper's network", PAPERS, (2.0,)),
+                                      ("exchangeable, width 48, 3 blocks", OURS | {"width": 48, "depth": 3, "heads": 4},
+                                       (2.0, 1.0))):
+        s = train.Settings(**settings)
+        network = model.build(s, 20, key=jr.key(0))
+        for guidance in guidances:
+            run = functools.partial(sample.generate, network, given, guidance, key=jr.key(1))
+            steps = accurate(network, given, guidance)
+            if released is None:
+                released = seconds(lambda: run(100))
+                print(f"sampling, 100 cells of 20 genes, {name}, 100 steps: {released:.2f} s a task")
+            spent = seconds(lambda: run(steps))
+            print(f"sampling, {name}, guidance {guidance:g}, {steps} steps, to 1e-3: {spent:.3f} s, "
+                  f"{released / spent:.0f} times")
+    print("(untrained networks; `python figures.py` shows the error of trained ones)")
+
+
+def simulators() -> None:
+    """Conditions a second on this machine's cores: sergio-rs on one of them, times their number, and ours."""
+    for genes, cells in ((20, 100), (50, 200)):
+        s = prior.Settings("grn", genes=genes)
+        start = time.perf_counter()
+        prior.simulate_grn(s, 0, cells)
+        theirs = (1 + genes) / (time.perf_counter() - start) * s.workers
+        print(f"sergio-rs, {genes} genes x {cells} cells (8 of 200 independent), {s.workers} processes: "
+              f"{theirs:.0f} conditions/s")
+        for what in ("causal", "sergio"):
+            own, number = prior.Settings(what, genes=genes), iter(range(10**6))
+            spent = seconds(lambda: prior.simulate_own(own, next(number), cells))
+            speed = (1 + genes) / spent
+            print(f"{what}, likewise{', all independent' if what == 'causal' else ''}: {speed:.0f} conditions/s, "
+                  f"{speed / theirs:.1f} times")
+        own, number = prior.Settings("panel", genes=genes), iter(range(10**6))
+        spent = seconds(lambda: prior.simulate_own(own, next(number), cells), 10)
+        print(f"panel of {genes} genes, prepared and ranked: {1 / spent:.1f} screens/s")
+
+
+def growth() -> None:
+    """Seconds of an update of the exchangeable network, width 48, 3 blocks, as sizes grow."""
+    base = 8 / update(**OURS, width=48, depth=3, heads=4)[0]
+    for name, sizes in {"genes": (50, 100), "cells": (200, 400), "experiments": (1, 8)}.items():
+        for size in sizes:
+            spent = 8 / update(**OURS, width=48, depth=3, heads=4, **{name: size})[0]
+            print(f"exchangeable, {size} {name} instead of {({'genes': 20, 'cells': 100, 'experiments': 4})[name]}: "
+                  f"{spent / base:.2f} times as long")
+
+
+if __name__ == "__main__":
+    train.use_all_cores(8)
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, revision {scales.revision()}")
+    for part in sys.argv[1:] or ("training", "sampling", "simulators", "growth"):
+        {"training": training, "sampling": sampling, "simulators": simulators, "growth": growth}[part]()
