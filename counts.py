@@ -115,7 +115,7 @@ def samplings() -> list[Stage]:
     s, p = paper(sample.Settings, "evaluate"), priors()
     once = 6 * s.steps + 1
     choosing = 0 if s.guidance else VALIDATION_TASKS * weights(sample.GUIDANCE) * once
-    per_system = s.draws * 2 * once
+    per_system = (s.draws + len(sample.UNINFORMED)) * 2 * once  # of one draw the context gain is asked too
     asked = p["linear"].test * (p["linear"].genes // 2)
     of_linear = seeds("linear") * (asked * per_system + choosing)
     of_screens = splits() * seeds("grn") * ROWS * (p["grn"].genes // 2 * per_system + choosing)

@@ -2,7 +2,7 @@
 
 The paper's network has weights for every gene index, and has to learn each gene anew. This one has none: what it learns
 of one pair of genes holds for all, and it takes any number of genes, experiments and cells. It is used as MapPFN is:
-`train.py --network exchangeable.Exchangeable --cells 100 --target-cells 16`.
+`train.py --network exchangeable.Exchangeable`, with its own section in the table of scales.
 
     encoder    once a task: what the cells of all experiments say of each pair of genes (i, j), "what does i do to j?",
                refined by products of such matrices. The query is not needed here: it chooses the row of one gene.
@@ -17,7 +17,7 @@ of one pair of genes holds for all, and it takes any number of genes, experiment
     K context experiments   M cells of a population, N generated   D genes   E = C embedding (width)
     L blocks (depth)   H matrices of each (heads)
 
-[D57] Beside the paper's network, and in no table so far.
+[D57] Beside the paper's network; what it is worth: beyond.sh.
 A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no knock-out.
 The null condition drops the query only: guidance exaggerates what a knock-out does, not how bright a screen is.
 """

@@ -123,7 +123,7 @@ for seed in $(seeds linear); do
   stage "train: linear SCMs, seed $seed" train.py --screen linear --seed "$seed" --name "linear-seed$seed" "${TO[@]}"
   LINEAR+=("mappfn-seed$seed=linear-seed$seed")
 done
-stage "sample: linear SCMs" sample.py --screen linear --model "${LINEAR[@]}" "${TO[@]}"
+stage "sample: linear SCMs" sample.py --screen linear --model "${LINEAR[@]}" --context-gain "${TO[@]}"
 stage "baselines: linear SCMs" -m baselines --screen linear --seeds "${#LINEAR[@]}" "${TO[@]}"
 for seed in $(seeds grn); do
   stage "train: GRNs, seed $seed" train.py --screen grn --seed "$seed" --name "grn-seed$seed" "${TO[@]}"
@@ -147,7 +147,7 @@ for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do
       "mappfn-finetuned-seed$seed=$screen-finetuned-seed$seed" "mappfn-unpaired-seed$seed=grn-unpaired-seed$seed"
       "mappfn-no-context-seed$seed=grn-no-context-seed$seed")
   done
-  stage "sample: $screen" sample.py --screen "$screen" --model "${MODELS[@]}" "${TO[@]}"
+  stage "sample: $screen" sample.py --screen "$screen" --model "${MODELS[@]}" --context-gain "${TO[@]}"
   stage "baselines: $screen" -m baselines --screen "$screen" --seeds $(seeds grn | wc -l) "${TO[@]}"
 done
 stage "metrics" metrics.py "$ROOT/samples"

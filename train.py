@@ -109,7 +109,7 @@ def task_loss(network: eqx.Module, task: Task, drop_condition: float, target_cel
     """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3).
 
     `mean_loss` [D57]: a few cells say little of their mean, which is most of what a knock-out changes, and all of them
-    cost nothing where the network has the mean before it has seen any cell.
+    cost nothing where the network has the mean before it has seen any cell. Raises BadInput for one that has not.
     """
     key_tau, key_noise, key_drop, key_slots = jr.split(key, 4)
     tau = jax.nn.sigmoid(jr.normal(key_tau))  # LogitNormal(0, 1) (A.2)
@@ -123,6 +123,8 @@ def task_loss(network: eqx.Module, task: Task, drop_condition: float, target_cel
     # genes, so that the clipping threshold and the learning rate keep their meaning at every size.
     loss = jnp.mean((velocity - (target - noise)) ** 2)
     if mean_loss:
+        if not hasattr(condition, "mean"):
+            raise BadInput(f"--mean-loss {mean_loss}: {type(network).__name__} has no mean; leave it out")
         loss += mean_loss * jnp.mean((condition.mean[drop.astype(int)] - task.target.mean(axis=0)) ** 2)
     return loss
 

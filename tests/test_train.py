@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -47,6 +48,32 @@ def losses_of(say, batch: Task, drop_condition=0.2) -> np.ndarray:
     """The loss of each task."""
     loss = jax.vmap(lambda task, key: train.task_loss(Told(say), task, drop_condition, key=key))
     return np.asarray(jax.jit(loss)(batch, jr.split(jr.key(0), len(batch.target))))
+
+
+def test_flow_of_some_cells_and_mean_of_all():
+    """With --target-cells the flow is learnt from the first cells only, with --mean-loss the mean from all of them: its
+    squared error, times the weight. A network that has no mean is refused."""
+    class Mean(NamedTuple):
+        mean: object
+
+    class WithMean(Told):
+        def condition(self, given, slots):
+            return Mean(jnp.ones((2, 5)))
+
+    batch = random_tasks(0, 1)
+    task = jax.tree.map(lambda x: x[0], batch)
+    more = task._replace(target=task.target + np.r_[0.0, 0, 1, 1, 1, 1][:, None].astype(np.float32))
+    network = WithMean(lambda y_tau, tau, drop: 0.0)
+
+    def loss(task, *settings, network=network):
+        return float(train.task_loss(network, task, 0.0, *settings, key=jr.key(3)))
+
+    assert loss(task, 2) == loss(more, 2) and loss(task) != loss(more)
+    for each in (task, more):
+        error = ((each.target.mean(axis=0) - 1) ** 2).mean()
+        assert loss(each, 2, 0.5) - loss(each, 2) == pytest.approx(0.5 * error, rel=1e-4)
+    with pytest.raises(BadInput, match="Told has no mean"):
+        loss(task, 2, 0.5, network=Told(lambda y_tau, tau, drop: 0.0))
 
 
 @pytest.fixture(scope="module")
