@@ -123,7 +123,7 @@ def task_loss(network: eqx.Module, task: Task, drop_condition: float, target_cel
     # genes, so that the clipping threshold and the learning rate keep their meaning at every size.
     loss = jnp.mean((velocity - (target - noise)) ** 2)
     if mean_loss:
-        if not hasattr(condition, "mean"):
+        if "mean" not in getattr(condition, "_fields", ()):
             raise BadInput(f"--mean-loss {mean_loss}: {type(network).__name__} has no mean; leave it out")
         loss += mean_loss * jnp.mean((condition.mean[drop.astype(int)] - task.target.mean(axis=0)) ** 2)
     return loss
