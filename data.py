@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
+import labels
 import scales
 import tasks
 from scales import BadInput
@@ -72,9 +73,7 @@ DOWNLOADS = {  # file, and --treatment-col, --control and --system-col for it
     "leukemia": ("papalexi_2021.h5mu", "gene_target", "NT", "none"),
 }
 TREATMENT_COLUMNS = ("perturbation", "gene_target", "target_gene", "condition", "gene")
-CONTROL_LABELS = ("control", "ctrl", "nt", "ntc", "non-targeting", "non_targeting", "nontargeting")  # in any case
 SYSTEM_COLUMNS = ("context", "cell_line", "cell_type", "perturbation_2")
-SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "gene_names", "feature_name")  # of var
 
 
 def listed(names, most: int = 12) -> str:
@@ -146,24 +145,32 @@ def simulate_toy(settings: Settings):
     return anndata.AnnData(by_rows(np.concatenate(counts)), obs, pd.DataFrame(index=names[1:]))
 
 
-def find_treatment(obs, settings: Settings) -> tuple[str, str]:
-    """Column of obs with the knocked-out genes, and its control label. Raises BadInput unless just one pair will do."""
-    names = TREATMENT_COLUMNS
+def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
+    """Column of obs with the knocked-out genes, and its control labels, which differ in numbers only (NT1, NT2). If
+    several columns have some, the one whose other labels are genes. Raises BadInput unless just one reading is left."""
+    names, obs = TREATMENT_COLUMNS, cells.obs
     if settings.treatment_col is not None:
         names = [settings.treatment_col]
     columns = [c for c in names if c in obs]
     if not columns:
         raise BadInput(f"--treatment-col: no column {' or '.join(names)} in obs; it has {listed(obs.columns)}")
-    labels, found = [], []
+    found, seen = [], []
     for c in columns:
-        for label in sorted(set(obs[c].dropna().astype(str))):
-            labels.append(label)
-            if label == settings.control or settings.control is None and label.lower() in CONTROL_LABELS:
-                found.append((c, label))
+        words = sorted(set(obs[c].dropna().astype(str)))
+        genes = set(labels.gene_names(cells, words)[1])
+        upper = labels.by_upper_case(genes)
+        known = any(labels.gene_of(word, genes, upper) for word in words)
+        controls = labels.controls_among(words, genes, settings.control)
+        seen += words
+        for kind in sorted({labels.stem(word) for word in controls}):
+            found.append((known, c, [word for word in controls if labels.stem(word) == kind]))
+    if any(known for known, _, _ in found):
+        found = [reading for reading in found if reading[0]]
     if len(found) != 1:
-        raise BadInput(f"{len(found)} control labels ({listed(found)}) among the labels of {' and '.join(columns)}: "
-                       f"{listed(labels)}; choose one with --treatment-col and --control")
-    return found[0]
+        readings = [f"'{c}': {' = '.join(controls)}" for _, c, controls in found]
+        raise BadInput(f"{len(found)} kinds of control labels ({listed(readings)}) among the labels of "
+                       f"{' and '.join(columns)}: {listed(seen)}; choose one with --treatment-col and --control")
+    return found[0][1:]
 
 
 def find_system(obs, settings: Settings) -> str:
@@ -178,35 +185,40 @@ def find_system(obs, settings: Settings) -> str:
     return settings.system_col
 
 
-def label_cells(cells, settings: Settings) -> str:
-    """Replace obs by 'system' and 'treatment' ('' where unknown), and name genes by symbol; returns the control label.
-    Raises BadInput for columns, labels, gene names and values that cannot be used."""
+def label_cells(cells, settings: Settings):
+    """The cells with counts in X, 'system' and 'treatment' ('' where unknown) in obs, and genes named by symbol; and the
+    control label. Raises BadInput for columns, labels, gene names and values that cannot be used."""
     import pandas as pd
-    column, control = find_treatment(cells.obs, settings)
-    system = find_system(cells.obs, settings)
-    labels = cells.obs.astype(object).where(cells.obs.notna(), "").astype(str)
-    treatments = labels[column].str.removesuffix(f"+{control}").str.removeprefix(f"{control}+")  # as GEARS has it
-    cells.obs = pd.DataFrame({"system": "all", "treatment": treatments})
+    where = "X"
+    if not settings.log_transformed:
+        where, cells = labels.find_counts(cells)
+    column, controls = find_treatment(cells, settings)
+    system, control = find_system(cells.obs, settings), controls[0]
+    words = cells.obs.astype(object).where(cells.obs.notna(), "").astype(str)
+    unique = sorted(set(words[column]))
+    place, names = labels.gene_names(cells, unique)  # Ensembl identifiers, perhaps, and symbols elsewhere
+    read = labels.read_labels(unique, names, control, controls)
+    cells.obs = pd.DataFrame({"system": "all", "treatment": words[column].map(read)})
     if system != "none":
-        cells.obs["system"] = labels[system]
-    known = set(treatments)
-    if known.isdisjoint(cells.var_names):  # Ensembl identifiers, perhaps
-        for c in SYMBOL_COLUMNS:
-            if c in cells.var and not known.isdisjoint(cells.var[c].astype(str)):
-                cells.var_names = cells.var[c].astype(str).to_numpy()
-                break
+        cells.obs["system"] = words[system]
+    cells.var_names = names
     twice = sorted(set(cells.var_names[cells.var_names.duplicated()]))
     if twice:
         raise BadInput(f"gene names that occur more than once: {listed(twice)}; sum or rename these genes first")
     kind = check_values(cells, settings.log_transformed)
+    if not settings.log_transformed:
+        kind = where
     print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {kind}")
-    print(f"  treatment column '{column}', control '{control}', system column '{system}'")
-    return control
+    print(f"  treatment column '{column}', control '{control}', system column '{system}', genes by {place}")
+    changed = [f"{word} = {meant}" for word, meant in read.items() if word != meant]
+    if changed:
+        print(f"  {len(changed)} labels read as others: {listed(changed)}")
+    return cells, control
 
 
 def check_values(cells, log_transformed: bool) -> str:
-    """What kind of values X holds, in words. Moves layer 'counts' to X if only that one holds counts.
-    Raises BadInput for values that are negative or not finite, or counts or logarithms where the other is wanted."""
+    """What kind of values X holds, in words. Raises BadInput for values that are negative or not finite, or counts
+    where logarithms are wanted."""
     integers = True
     for first in range(0, cells.n_obs, 1024):  # some rows at a time: large screens do not fit into memory several times
         block = cells.X[first : first + 1024]
@@ -219,15 +231,7 @@ def check_values(cells, log_transformed: bool) -> str:
         integers = integers and not np.any(values % 1)
     if log_transformed and integers:
         raise BadInput("--log-transformed, but all values are integers, like raw counts: leave the option out")
-    if log_transformed:
-        return "log-transformed already"
-    if integers:
-        return "raw counts"
-    if "counts" in cells.layers:
-        cells.X = by_rows(cells.layers.pop("counts"))
-        return check_values(cells, log_transformed) + " (from layer 'counts')"
-    raise BadInput("the values are not integers: give raw counts (in X or layer 'counts'), or say --log-transformed if "
-                   "they are natural log1p of normalised counts")
+    return "log-transformed already" if log_transformed else "raw counts"
 
 
 def usable_cells(cells, control: str, settings: Settings):
@@ -435,7 +439,8 @@ def load(settings: Settings):
     cells = simulate_toy(settings) if settings.dataset == "toy" else read(file)
     if cells.n_vars < settings.genes:
         raise BadInput(f"--genes {settings.genes}: the file has only {cells.n_vars} genes; lower --genes")
-    control = label_cells(cells, settings)
+    cells, control = label_cells(cells, settings)
+    cells.X = by_rows(cells.X)
     cells = usable_cells(cells, control, settings)
     return cells, control, choose_holdout(conditions_of(cells, control), settings.holdout_system)
 

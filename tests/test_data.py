@@ -77,7 +77,7 @@ def refuses(named):
 def processed(cells, seed=0, **changed):
     """One split, without files."""
     chosen = settings(Path("nowhere"), **changed)
-    control = data.label_cells(cells, chosen)
+    cells, control = data.label_cells(cells, chosen)
     return data.process(data.usable_cells(cells, control, chosen), control, "A", chosen, seed)
 
 
@@ -97,12 +97,13 @@ def test_usual_names_are_found(column, control, label):
     """The column and control label of usual data sets need no option, and GEARS' 'GENE+ctrl' is GENE."""
     obs = pd.DataFrame({"batch": "1", column: pd.Categorical([label, control, "STAT1+JAK2", None])}, list("abcd"))
     cells = anndata.AnnData(np.ones((4, 2), np.float32), obs, pd.DataFrame(index=["STAT1", "JAK2"]))
-    assert data.label_cells(cells, data.Settings()) == control
+    cells, found = data.label_cells(cells, data.Settings())
+    assert found == control
     assert list(cells.obs["treatment"]) == ["STAT1", control, "STAT1+JAK2", ""]
 
 
 @pytest.mark.parametrize("obs, asked, named", [
-    ({"perturbation": ["control", "NT"]}, {}, "'control'.*--control"),
+    ({"perturbation": ["control", "NT"]}, {}, "control, 'perturbation': NT.*--control"),
     ({"perturbation": ["NT", "a"], "gene_target": ["NT", "b"]}, {}, "gene_target.*--treatment-col"),
     ({"perturbation": ["a", "b"]}, {}, "a, b.*--control"),
     ({"perturbation": ["control", "b"]}, {"control": "ctrl"}, "b, control.*--control"),
@@ -111,7 +112,7 @@ def test_usual_names_are_found(column, control, label):
 def test_unclear_treatments(obs, asked, named):
     """Missing or ambiguous columns and control labels are refused with the candidates."""
     with refuses(named):
-        data.find_treatment(pd.DataFrame(obs), data.Settings(**asked))
+        data.find_treatment(anndata.AnnData(np.ones((2, 1)), pd.DataFrame(obs, ["x", "y"])), data.Settings(**asked))
 
 
 @pytest.mark.parametrize("obs, column, expected", [
@@ -129,12 +130,26 @@ def test_system_column(obs, column, expected):
         data.find_system(both, data.Settings())
 
 
-def test_gene_symbols_are_found_beside_identifiers():
-    """If the genes are called by identifiers, a usual column of symbols is used."""
-    cells = make_cells()
-    cells.var["gene_name"] = NAMES
+def test_files_as_people_have_them(capsys):
+    """Guides, numbered controls, another case, symbols in any column, counts in .raw under a scaled X, a second column
+    with control cells of another kind: read as if they were written as usual, and it is said how."""
+    usual = processed(make_cells(sparse=False), genes=10)
+    cells = make_cells(sparse=False)
+    numbers = np.arange(cells.n_obs) % 2 + 1
+    cells.obs["gene"] = [f"NT{n}" if label == "control" else f"{label.upper()}g{n}"
+                         for label, n in zip(cells.obs.pop("perturbation"), numbers)]
+    cells.obs["condition"] = np.where(numbers == 1, "ctrl", "stimulated")
+    cells.var["Symbol"] = NAMES
     cells.var_names = [f"ENSG{i}" for i in range(GENES)]
-    assert set(processed(cells).var_names) <= set(NAMES)
+    cells.raw = cells.copy()
+    cells.X = cells.X - cells.X.mean(axis=0)
+    found = processed(cells)
+    assert list(found.var_names) == list(usual.var_names)
+    np.testing.assert_allclose(found.X, usual.X)
+    assert (found.obs["treatment"].replace("NT1", "control").to_numpy() == usual.obs["treatment"].to_numpy()).all()
+    printed = capsys.readouterr().out
+    assert "counts (in .raw)" in printed and "T0g1 = t0" in printed and "NT2 = NT1" in printed
+    assert "genes by var['Symbol']" in printed
 
 
 # ----------------------------------------------------------------------------------------------------------- the split
