@@ -35,13 +35,13 @@ import labels
 import scales
 import tasks
 from scales import BadInput
-from tasks import ABSENT, TEST, TRAIN, VALIDATION
+from tasks import ABSENT, KNOWN, KNOWN_ONLY, TEST, TRAIN, VALIDATION
 
 # anndata, scanpy and pertpy take 2, 5 and 20 seconds to import, so each is imported by the functions that need it.
 
 PAPER = {"melanoma": "Melanoma (Frangieh et al., 2021)", "leukemia": "Leukemia (Papalexi et al., 2021)"}
 TITLES = PAPER | {"toy": "Toy screen: simulated GRNs, not cells"}
-WORDS = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
+WORDS = {TRAIN: "train", VALIDATION: "validation", TEST: "test", KNOWN_ONLY: "context only"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Settings:
     holdout_system: str | None = None  # the one with the test treatments; by default that with most treatments
     log_transformed: bool = False  # the values are normalised and natural log1p already: skip both
     genes: int = 50  # genes D that are kept (B.3)
+    unmeasured: bool = False  # keep knock-outs of other genes too, as experiments of the context [D57]
     min_cells: int = 200  # fewest cells of a usable condition (released code)
     toy_treatments: int = 0  # of each system of the toy; 0: seven for every eight genes
     splits: int = 1  # number of random splits (B.4)
@@ -250,7 +251,9 @@ def usable_cells(cells, control: str, settings: Settings):
         return obs[~bad]
 
     obs = drop((obs["system"] == "") | (obs["treatment"] == ""), "condition", "without a system or treatment label")
-    obs = drop(~obs["treatment"].isin([control, *cells.var_names]), "treatment", "that are no measured gene")
+    if not settings.unmeasured:
+        obs = drop(~obs["treatment"].isin([control, *cells.var_names]), "treatment",
+                   "that are no measured gene (--unmeasured keeps them as context)")
     largest = obs.groupby("condition")["total"].max()
     hollow = largest.index[largest == 0]
     if len(hollow):
@@ -313,7 +316,7 @@ def check_split(uses: dict[tuple[str, str], int]) -> None:
     """Raise BadInput unless there are test conditions, and each condition has another one to be predicted from."""
     if TEST not in uses.values():
         raise BadInput("no test condition is left; raise --genes, or take another --seed")
-    known = [system for (system, _), use in uses.items() if use == TRAIN]
+    known = [system for (system, _), use in uses.items() if use in KNOWN]
     for system, _ in uses:
         if known.count(system) < 2:
             raise BadInput(f"system '{system}': {known.count(system)} training conditions, needs 2 to predict one from "
@@ -374,10 +377,12 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
     """One split as an AnnData: X log-expression of D genes, the targets first (networks of the prior have no order);
     obs 'system', 'treatment', 'use'; uns 'normalisation', in words. Treatments whose target was cut are left out.
     Raises BadInput if a condition has no other one left to be predicted from."""
-    uses = split_conditions(scales.generator("split", seed), conditions_of(cells, control), holdout)
+    measured = [pair for pair in conditions_of(cells, control) if pair[1] in cells.var_names]
+    uses = split_conditions(scales.generator("split", seed), measured, holdout)
     result = cells.copy()
     pairs = zip(cells.obs["system"], cells.obs["treatment"])
-    result.obs["use"] = [uses.get(pair, TRAIN) for pair in pairs]  # control is known
+    # Control is known. [D57] What is knocked out but not measured can tell of other knock-outs, and cannot be predicted.
+    result.obs["use"] = [uses.get(pair, TRAIN if pair[1] == control else KNOWN_ONLY) for pair in pairs]
     note = "normalised as given"
     if not settings.log_transformed:
         median = normalise(result, (result.obs["use"] != TEST).to_numpy())
@@ -386,17 +391,23 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
     perturbed = {treatment for _, treatment in uses}
     targets, markers = choose_genes(strength, perturbed, settings.genes)
     kept = result.obs["treatment"].isin([control, *targets]).to_numpy()
+    if settings.unmeasured:
+        result.obs.loc[~kept, "use"] = KNOWN_ONLY
+        kept[:] = True
     result = result[kept, targets + markers].copy()
     result.uns = {"normalisation": note}
 
     left = {pair: use for pair, use in uses.items() if pair[1] in targets}
+    if settings.unmeasured:
+        left |= {pair: KNOWN_ONLY for pair in conditions_of(result, control) if pair not in left}
     print(f"split {seed}: {note}; held-out system '{holdout}'")
     for use, word in WORDS.items():
         names = ["/".join(pair) for pair in left if left[pair] == use]
-        print(f"  {len(names)} {word}: {listed(names)}")
+        if names or use != KNOWN_ONLY:
+            print(f"  {len(names)} {word}: {listed(names)}")
     print(f"  {len(targets)} targets, {len(markers)} markers: {listed(targets + markers, 20)}")
     cut = sorted(perturbed.difference(targets))
-    if cut:
+    if cut and not settings.unmeasured:
         print(f"  {len(cut)} treatments left out because of --genes: {listed(cut)}")
     check_split(left)
     return result
@@ -464,6 +475,8 @@ def describe(settings: Settings, name: str) -> dict:
     given = {"source": source}
     for field in ("treatment_col", "control", "system_col", "holdout_system", "log_transformed", "genes", "min_cells"):
         given[field] = getattr(settings, field)
+    if settings.unmeasured:
+        given["unmeasured"] = True
     if settings.toy_treatments:
         given["toy_treatments"] = settings.toy_treatments
     title = name

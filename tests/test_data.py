@@ -16,7 +16,7 @@ import data
 import scales
 import tasks
 from scales import BadInput
-from tasks import ABSENT, CONTROL, TEST, TRAIN, VALIDATION, load_screen
+from tasks import ABSENT, CONTROL, KNOWN_ONLY, TEST, TRAIN, VALIDATION, load_screen
 
 TARGETS, GENES, CELLS = 6, 14, 30
 NAMES = ["t0", "t1", "t2", "t3", "t4", "t5", "m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7"]
@@ -150,6 +150,27 @@ def test_files_as_people_have_them(capsys):
     printed = capsys.readouterr().out
     assert "counts (in .raw)" in printed and "T0g1 = t0" in printed and "NT2 = NT1" in printed
     assert "genes by var['Symbol']" in printed
+
+
+def test_unmeasured_knock_outs_are_context(tmp_path):
+    """Without the option they are dropped. With it, knock-outs of no measured gene and of genes that are not among the
+    D are known experiments without a treatment, never asked for; the split and the genes are the same."""
+    cells = make_cells()
+    cells.obs["perturbation"] = cells.obs["perturbation"].replace({"t5": "GFP"})
+    save(tmp_path, cells)
+    screens = [load_screen(data.prepare(settings(tmp_path, name=name, genes=4, unmeasured=unmeasured))[0])
+               for name, unmeasured in (("without", False), ("with", True))]
+    before, after = screens
+    assert before.genes == after.genes and "GFP" not in before.treatment_names
+    for t, name in enumerate(after.treatment_names[1:], 1):
+        named = name in after.genes
+        assert (after.treatments[:, t].any(axis=1) == named).all()
+        if named:
+            u = before.treatment_names.index(name)
+            np.testing.assert_array_equal(after.split[:, t], before.split[:, u])
+        else:
+            assert (after.split[:, t] == KNOWN_ONLY).all() and (after.count[:, t] > 0).all()
+    assert {"GFP"} | (set(NAMES[:5]) - set(after.genes)) <= set(after.treatment_names)
 
 
 # ----------------------------------------------------------------------------------------------------------- the split
