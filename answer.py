@@ -1,11 +1,11 @@
 """A picture of one answer: what a model predicts of a knock-out when another experiment of the context tells it.
 
-Beyond the paper (D57). Reads `screens/<screen>/` and `train/<run>/` below out/<scale>; writes `figures/answer-<query>.png`
-and `.json` there, drawn as those of figures.py are.
+Beyond the paper (D57). Reads `screens/<screen>/` and `train/<run>/` below out/<scale>; writes
+`figures/answer-<query>.png` there, drawn as those of figures.py are.
 
     python answer.py --screen leukemia --model exchangeable-panel-seed0 --query JAK2 --told IFNGR2
-(seconds) In leukemia cells the receptor IFNGR2 and the kinase JAK2 are steps of one pathway, and knocking out either does
-nearly the same: who sees one of them among the experiments could know the other.
+(seconds) In leukemia cells the receptor IFNGR2 and the kinase JAK2 are steps of one pathway, and knocking out either
+does nearly the same: who sees one of them among the experiments could know the other.
 
     panels: what the two knock-outs do, gene by gene; what is predicted of the query with that experiment among the K of
     the context; and with control cells in the place of all of them

@@ -71,8 +71,9 @@ def steps() -> list[Claim]:
     """From one prior to the next, for each network; from one network to the other, for each prior; from new cells to
     counterfactual ones; and against what needs no training."""
     names = ("The amplitude of the noise is held: better than redrawn for each condition, as released",
-             "Paired noise is better than unpaired", "Effects that propagate, twins, repression (causal) are better than "
-             "sergio-rs's", "Made as screens are made (panel) is better than causal")
+             "Paired noise is better than unpaired",
+             "Effects that propagate, twins, repression (causal) are better than sergio-rs's",
+             "Made as screens are made (panel) is better than causal")
     wanted, found = {"real": ALL}, []
     for name, before, after in zip(names, PRIORS, PRIORS[1:]):
         pairs = tuple((f"{network}-{after}", (f"{network}-{before}",)) for network in NETWORKS)

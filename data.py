@@ -187,8 +187,8 @@ def find_system(obs, settings: Settings) -> str:
 
 
 def label_cells(cells, settings: Settings):
-    """The cells with counts in X, 'system' and 'treatment' ('' where unknown) in obs, and genes named by symbol; and the
-    control label. Raises BadInput for columns, labels, gene names and values that cannot be used."""
+    """The cells with counts in X, 'system' and 'treatment' ('' where unknown) in obs, and genes named by symbol; and
+    the control label. Raises BadInput for columns, labels, gene names and values that cannot be used."""
     import pandas as pd
     where = "X"
     if not settings.log_transformed:
@@ -357,7 +357,7 @@ def rank_genes(training, control: str):
             scanpy.tl.rank_genes_groups(here, "treatment", groups=treatments, reference=control)
         ranked = here.uns["rank_genes_groups"]
         for t in treatments:
-            scores = pd.Series(ranked["scores"][t], ranked["names"][t]).abs().drop(t)
+            scores = pd.Series(ranked["scores"][t], ranked["names"][t]).abs().drop(t, errors="ignore")
             best = np.maximum(best, scores.reindex(best.index).fillna(0.0))
     return best.sort_values(ascending=False, kind="stable")
 
@@ -381,7 +381,7 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
     uses = split_conditions(scales.generator("split", seed), measured, holdout)
     result = cells.copy()
     pairs = zip(cells.obs["system"], cells.obs["treatment"])
-    # Control is known. [D57] What is knocked out but not measured can tell of other knock-outs, and cannot be predicted.
+    # Control is known. [D57] What is knocked out but not measured tells of other knock-outs, and cannot be predicted.
     result.obs["use"] = [uses.get(pair, TRAIN if pair[1] == control else KNOWN_ONLY) for pair in pairs]
     note = "normalised as given"
     if not settings.log_transformed:
@@ -416,9 +416,9 @@ def process(cells, control: str, holdout: str, settings: Settings, seed: int):
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
-def write(cells, path: Path, made: dict) -> None:
-    """A processed split as a screen, and a table with a line for each condition. Names are in alphabetical order."""
-    obs, control = cells.obs, made["control"]
+def arranged(cells, control: str) -> dict:
+    """A processed split as the arrays of a screen; names are in alphabetical order."""
+    obs = cells.obs
     systems = sorted(set(obs["system"]))
     treatments = [control, *sorted(set(obs["treatment"]) - {control})]
     s = obs["system"].map(systems.index).to_numpy()
@@ -429,14 +429,27 @@ def write(cells, path: Path, made: dict) -> None:
     np.add.at(count, (s, t), 1)
     one_hot = np.array(treatments)[:, None] == cells.var_names.to_numpy(str)  # T D
     one_hot = np.repeat(one_hot[None].astype(np.float32), len(systems), axis=0)  # S T D
-
-    table = obs.assign(use=obs["use"].map(WORDS)).groupby(["system", "treatment", "use"]).size()
-    with scales.atomic(path.with_name(f"conditions-{tasks.split_number(path)}.csv")) as temporary:
-        table.rename("cells").to_csv(temporary)
     values = cells.X[np.lexsort((t, s))]
     if not isinstance(values, np.ndarray):
         values = values.toarray()
-    tasks.write_screen(path, [values], count, one_hot, split, cells.var_names, systems, treatments, True, made)
+    return {"cells": values, "count": count, "treatments": one_hot, "split": split,
+            "genes": tuple(cells.var_names), "systems": tuple(systems), "treatment_names": tuple(treatments)}
+
+
+def as_screen(cells, made: dict) -> tasks.Screen:
+    """A screen in memory, as `write` and `tasks.load_screen` would give it."""
+    arrays = arranged(cells, made["control"])
+    start = np.cumsum(arrays["count"]).reshape(arrays["count"].shape) - arrays["count"]
+    return tasks.Screen(**arrays, start=start, log_expression=True, made=made)
+
+
+def write(cells, path: Path, made: dict) -> None:
+    """A processed split as a screen, and a table with a line for each condition."""
+    table = cells.obs.assign(use=cells.obs["use"].map(WORDS)).groupby(["system", "treatment", "use"]).size()
+    with scales.atomic(path.with_name(f"conditions-{tasks.split_number(path)}.csv")) as temporary:
+        table.rename("cells").to_csv(temporary)
+    arrays = arranged(cells, made["control"])
+    tasks.write_screen(path, [arrays.pop("cells")], log_expression=True, made=made, **arrays)
 
 
 def load(settings: Settings):

@@ -17,9 +17,9 @@ of one pair of genes holds for all, and it takes any number of genes, experiment
     K context experiments   M cells of a population, N generated   D genes   E = C embedding (width)
     L blocks (depth)   H matrices of each (heads)
 
-[D57] Beside the paper's network; what it is worth: beyond.sh.
-A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no knock-out.
-The null condition drops the query only: guidance exaggerates what a knock-out does, not how bright a screen is.
+[D57] What it is worth: beyond.sh. A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no
+knock-out. The null condition drops the query only: guidance exaggerates what a knock-out does, not how bright a screen
+is.
 """
 
 import math
@@ -192,6 +192,7 @@ class Exchangeable(eqx.Module):
     cell_blocks: tuple[CellBlock, ...]
     velocity_out: eqx.nn.Linear
     a: Architecture = eqx.field(static=True)
+    ANY_GENES = True  # predict.py asks
 
     def __init__(self, a: Architecture, genes: int, *, key: PRNGKeyArray):
         """`genes` changes nothing. Raises BadInput if the sizes do not fit together."""

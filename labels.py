@@ -123,8 +123,8 @@ def kind_of(values) -> str:
 
 
 def find_counts(cells) -> tuple[str, object]:
-    """Where raw counts are, in words, and an AnnData whose X they are: X itself, a layer, or .raw; corrected counts only
-    where there are no others. Raises BadInput if there are none, but for one that names the first wrong value itself."""
+    """Where raw counts are, in words, and an AnnData whose X they are: X itself, a layer, or .raw; corrected counts
+    only where there are no others. Raises BadInput if there are none; negative values alone are left to data.py."""
     places = {"X": lambda: cells}
     for layer in sorted(cells.layers, key=lambda name: (name.lower() not in COUNT_LAYERS, name)):
         def of_layer(layer=layer):
@@ -143,5 +143,5 @@ def find_counts(cells) -> tuple[str, object]:
     if kinds == {"X": "negative"}:  # data.py says which value it is
         return "X", cells
     seen = "; ".join(f"{place}: {kind}" for place, kind in kinds.items())
-    raise BadInput(f"no raw counts ({seen}): put them into X, a layer or .raw, or say --log-transformed if X is the natural "
-                   "log1p of normalised counts")
+    raise BadInput(f"no raw counts ({seen}): put them into X, a layer or .raw, or say --log-transformed if X is the "
+                   "natural log1p of normalised counts")

@@ -7,8 +7,8 @@ A screen of real cells differs from "all knock-outs of a random network" in four
     pathways    a few transcription factors with many targets, and signalling genes whose loss silences the *activity*
                 of such a factor and leaves its mRNA as it was, as IFNGR2, JAK2 and STAT1 do in leukemia cells. So
                 knock-outs of one pathway look alike, although no mRNA tells that they belong together.
-    partial     a knock-out leaves some of the mRNA. Cas9 destroys the protein all the same, CRISPRi leaves as much of it
-                as of the mRNA; some cells escape. How much is a property of the screen and of the gene.
+    partial     a knock-out leaves some of the mRNA. Cas9 destroys the protein all the same, CRISPRi leaves as much of
+                it as of the mRNA; some cells escape. How much is a property of the screen and of the gene.
     chosen      biologists perturb what they expect to matter: members of pathways, mostly, and other regulators.
     selected    of many genes those are kept that answer: by data.py's own normalisation and ranking, on some of the
                 conditions, since those that are to be predicted have no say.
@@ -122,8 +122,8 @@ def select(rng: np.random.Generator, counts: Int[np.ndarray, "T N G"], perturbed
 
 def simulate(rng: np.random.Generator, key, network, rates: Float[np.ndarray, "G"], genes: int,
              cells: int) -> list[Float[np.ndarray, "n D"]]:
-    """Log-expression of a screen of D = `genes` genes: its control, and for each gene its knock-out, without cells if it
-    was not perturbed. `network` (prior.Network) has LARGER times as many; `rates`: production without regulators."""
+    """Log-expression of a screen of D = `genes` genes: its control, and for each gene its knock-out, without cells if
+    it was not perturbed. `network` (prior.Network) has LARGER times as many; `rates`: production without regulators."""
     strength, factors, signals_to = add_pathways(rng, network.strength)
     basal, size = np.where(strength.any(axis=1), 0.0, rates), len(rates)
     kinetics = simulator.pack(strength, network.hill, basal, network.decay, network.process_noise, fill=4)

@@ -370,7 +370,8 @@ def main() -> None:
     train.use_all_cores(2)  # tasks are solved two at a time
     scales.check_least(s, {"steps": 1, "eval_cells": 1, "draws": 1, "seed": 0})
     todo = jobs(s)
-    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("out", "model", "draws", "context_gain")}
+    apart = "out", "model", "draws", "context_gain"  # say which files are written, and not what is in them
+    kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in apart}
     print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}: {len(todo)} files", flush=True)
     for job in tqdm(todo, unit="file"):

@@ -66,7 +66,8 @@ def production(k: Kinetics, x: Float[Array, "D *TN"], change: Change) -> Float[A
     def each(values):  # one for each edge, or gene
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
-    level = jnp.log(jnp.maximum(x * change.activity, 1e-9))[k.source] - each(jnp.log(k.half))  # an absent gene: no effect
+    level = jnp.log(jnp.maximum(x * change.activity, 1e-9))  # an absent gene has no effect
+    level = level[k.source] - each(jnp.log(k.half))
     # (x / h)^n / (1 + (x / h)^n), or one minus that, is a sigmoid of n log(x / h)
     share = 1 / (1 + jnp.exp(-each(jnp.sign(k.strength) * k.hill) * level))
     total = jnp.zeros_like(x).at[k.target].add(each(jnp.abs(k.strength)) * share)

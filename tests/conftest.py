@@ -22,8 +22,8 @@ if jax.__version_info__[:2] == (0, 10):  # a version that does not know the flag
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 # Every annotated type and shape of these modules is checked when a function is called, or traced.
-MODULES = ["scales", "tasks", "labels", "data", "prior", "attention", "devices", "model", "exchangeable", "simulator", "panel",
-           "train", "sample", "choose", "baselines", "metrics", "judge", "drawing", "figures", "tables"]
+MODULES = ["scales", "tasks", "labels", "data", "prior", "attention", "devices", "model", "exchangeable",
+           "simulator", "panel", "predict", "train", "sample", "choose", "baselines", "metrics", "judge", "drawing", "figures", "tables"]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 

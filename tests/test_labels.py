@@ -13,9 +13,9 @@ GENES = {"STAT1", "STAT2", "NKX2-1", "WT1", "TP53", "HLA-A", "Jak2", "NT5E", "IL
 
 
 @pytest.mark.parametrize("label", [
-    "control", "CTRL", "NT", "nt", "NTC", "non-targeting", "Non_Targeting", "nontargeting", "safe-targeting", "NT1", "NT-2",
-    "NTg1", "NT_sg3", "negCtrl", "neg_ctrl_4", "negative control", "WT", "wild type", "unperturbed", "scramble", "AAVS1",
-    "non-targeting control", "control_12"])
+    "control", "CTRL", "NT", "nt", "NTC", "non-targeting", "Non_Targeting", "nontargeting", "safe-targeting", "NT1",
+    "NT-2", "NTg1", "NT_sg3", "negCtrl", "neg_ctrl_4", "negative control", "WT", "wild type", "unperturbed", "scramble",
+    "AAVS1", "non-targeting control", "control_12"])
 def test_controls(label):
     assert labels.is_control(label)
 

@@ -24,7 +24,7 @@ def means(k, cells=2000, steps=simulator.STEPS):
 
 
 def test_settles_where_it_should():
-    """Without noise every gene of the wild type is at b / lambda, or at half of its regulators' strength over lambda."""
+    """Without noise every gene of the wild type is at b / lambda, or half of its regulators' strength over lambda."""
     expected = np.where(BASAL > 0, BASAL, np.abs(CHAIN).sum(axis=1) / 2) / DECAY
     np.testing.assert_allclose(means(network(noise=0.0), 2)[0], expected, rtol=1e-4)
 
@@ -126,8 +126,8 @@ def long() -> tuple[np.ndarray, dict]:
 
 @pytest.mark.parametrize("condition", [0, 1 + A, 1 + C])
 def test_means_spreads_and_correlations_are_sergio_s(long, condition):
-    """Of control and of two knock-outs, one of which leaves an orphan: within Monte-Carlo error of trajectories of which
-    a correlation time is about 1 / lambda, that is 100 to 200 steps, so that 8,000 cells are worth 400 or more."""
+    """Of control and of two knock-outs, one of which leaves an orphan: within Monte-Carlo error of trajectories whose
+    correlation time is about 1 / lambda, that is 100 to 200 steps, so that 8,000 cells are worth 400 or more."""
     mine, other = long[0][condition], long[1][condition]
     moved = np.abs(mine.mean(axis=0) - other.mean(axis=0))
     error = np.sqrt((mine.var(axis=0) + other.var(axis=0)) / 400)

@@ -1,0 +1,317 @@
+"""Predict knock-outs that were not measured, on a screen of your own, with a checkpoint that is trained already.
+
+Beyond the paper (D57). Reads an `.h5ad` of counts, as data.py does, and a checkpoint; writes, all beside `--out`, an
+`.h5ad` of real control cells and predicted ones, `-genes.csv` with what changes, and `-cells.png`. Nothing is trained.
+
+    python predict.py screen.h5ad --validate                          what would be read as what, and stop
+    python predict.py screen.h5ad --query STAT1 STAT3 --out predicted.h5ad
+    python predict.py screen.h5ad --evaluate                          how good it is, on knock-outs that were measured
+or, in a notebook, on log-expression: `predict(control, experiments, query, genes)`.
+
+Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). In
+each draw other control cells are taken, and K other experiments of the same biological context; an experiment on a gene
+that is not measured is of use too. What differs between draws is the spread of the table, which is no calibration.
+
+    control    N D      control cells, natural log1p of normalised counts (equation 5)
+    query      D        one-hot of the gene that is asked for
+    K experiments   N cells of each in a draw   D genes in one pass: trained treatments, the query, and some of the G
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+from tyro.conf import Positional
+
+import data
+import labels
+import metrics
+import model
+import sample
+import scales
+import tasks
+from scales import BadInput
+from tasks import CONTROL, KNOWN_ONLY, TRAIN, VALIDATION, Given, Screen
+
+BOX = Path(__file__).parent / "checkpoints" / "screens.eqx"
+SIMPLE = ("identity", "target-only", "system-mean", "target-gene")  # what --evaluate compares with
+STEPS = 10  # Dopri5 steps, there and back
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Predict knock-outs of a screen."""
+    file: Positional[Path]  # .h5ad with raw counts, of controls and of knock-outs
+    query: tuple[str, ...] = ()  # genes whose knock-out is wanted
+    out: Path = Path("predicted.h5ad")  # other files have its name with another end
+    checkpoint: Path = BOX  # of train.py, trained with --no-knock-out
+    validate: bool = False  # say what would be read as what, and stop
+    evaluate: bool = False  # leave out each measured knock-out in turn, and compare with simple rules
+    system: str | None = None  # biological context; by default the one with most knock-outs
+    treatment_col: str | None = None  # as for data.py
+    control: str | None = None
+    system_col: str | None = None
+    log_transformed: bool = False
+    min_cells: int = 30  # fewest cells of a knock-out that is used
+    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most; 0: all
+    cells: int = 200  # control cells of a draw, each of which gives a predicted one
+    draws: int = 5  # with other control cells and other experiments
+    seed: int = 0
+
+
+# ----------------------------------------------------------------------------------------------------- one prediction
+
+
+def passes(genes: int, always: Int[np.ndarray, "a"], room: int) -> Iterator[Int[np.ndarray, "D"]]:
+    """Which genes are given to the network together: those of `always`, and as many others as there is room for, until
+    each has had its turn. All passes but the first repeat some genes, so that each has the same number."""
+    others = np.setdiff1d(np.arange(genes), always)
+    room = max(1, room - len(always))
+    for first in range(0, max(1, len(others)), room):
+        last = min(first + room, len(others))
+        yield np.concatenate([always, others[max(0, last - room) : last]])
+
+
+def counterfactuals(network, given: Given, room: int, *, key) -> Float[np.ndarray, "N G"]:
+    """What becomes of each control cell of one task [no batch axis], of any number of genes."""
+    treated = np.flatnonzero(np.vstack([given.query[None], given.context_treatments]).any(axis=0))
+    found = np.empty_like(given.controls)
+    for genes in passes(len(given.query), treated, room):
+        task = Given(*(field[None][..., genes] for field in given))
+        cells = sample.generate(network, task, 1.0, STEPS, counterfactual=True, key=key)
+        found[:, genes] = sample.clip_expression(cells, True)[0][0]
+    return found
+
+
+def load_checkpoint(path: Path) -> tuple[dict, object]:
+    """Raises BadInput for one that cannot make counterfactual cells of any number of genes."""
+    if not path.is_file():
+        raise BadInput(f"--checkpoint {path}: no such file; train.py writes model.eqx")
+    head, network = model.load_model(path)
+    if not head.get("no_knock_out") or not getattr(network, "ANY_GENES", False):
+        raise BadInput(f"--checkpoint {path}: a network that is bound to {head['genes']} genes in their order, or was "
+                       "trained without --no-knock-out; train one with --network exchangeable.Exchangeable")
+    return head, network
+
+
+def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str,
+            genes: list[str], checkpoint: Path = BOX, cells: int = 200,
+            seed: int = 0) -> tuple[Float[np.ndarray, "N G"], Float[np.ndarray, "N G"]]:
+    """N = `cells` control cells, and what each would be if gene `query` were knocked out. `experiments`: cells of known
+    knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All are natural log1p of
+    normalised counts. Raises BadInput for a query that is no measured gene, or without experiments."""
+    head, network = load_checkpoint(checkpoint)
+    if query not in genes:
+        raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
+                       "be an experiment of the context")
+    experiments = {name: pool for name, pool in experiments.items() if name != query}
+    if not experiments:
+        raise BadInput("no experiments besides the query: there is no context to learn from")
+    rng = scales.generator("sampling", seed)
+    pools = [np.asarray(control), *(np.asarray(pool) for pool in experiments.values())]
+    one_hot = np.array([[gene == name for gene in genes] for name in experiments], np.float32)
+    chosen = rng.permutation(len(experiments))[: head["context"]]
+    drawn = np.stack([pools[i][tasks.draw(rng, len(pools[i]), cells)] for i in (0, *(1 + chosen).tolist())])
+    given = Given(*map(np.float32, (drawn[0], drawn[1:], one_hot[chosen], np.array(genes) == query)))
+    found = counterfactuals(network, given, head["genes"], key=scales.key("sampling", seed))
+    return given.controls, found
+
+
+# ------------------------------------------------------------------------------------------------- a screen in a file
+
+
+def read(s: Settings):
+    """Normalised cells of the genes that are predicted, of one biological context, with 'treatment' and the columns of
+    the file in obs; and the control label. Raises BadInput if something cannot be read, or is asked for in vain."""
+    wanted = data.Settings(h5ad=s.file, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
+                           holdout_system=s.system, log_transformed=s.log_transformed, genes=2, min_cells=s.min_cells,
+                           unmeasured=True)
+    data.check(wanted)
+    cells, control, system = data.load(wanted)
+    cells = cells[(cells.obs["system"] == system).to_numpy()].copy()
+    upper = labels.by_upper_case(cells.var_names)
+    queries = []
+    for word in s.query:
+        gene = labels.gene_of(word, set(cells.var_names), upper)
+        if gene is None:
+            raise BadInput(f"--query {word}: not among the {cells.n_vars} measured genes, and what is not measured "
+                           f"cannot be asked for; the genes are called {data.listed(cells.var_names, 3)}")
+        queries.append(gene)
+    note = "normalised as given"
+    if not s.log_transformed:
+        note = f"median count {data.normalise(cells, np.ones(cells.n_obs, bool)):g}"
+    cells.obs["use"] = TRAIN
+    strength = data.rank_genes(cells, control)
+    perturbed = set(cells.obs["treatment"]) - {control}
+    first = [*dict.fromkeys(queries), *(gene for gene in strength.index if gene in perturbed and gene not in queries)]
+    order = [*first, *(gene for gene in strength.index if gene not in first)]
+    kept = set(order[: s.genes or len(order)]) | set(queries)
+    cells = cells[:, [gene for gene in cells.var_names if gene in kept]].copy()  # in the order of the file
+    shown = cells.obs["treatment"].isin([control, *cells.var_names])
+    cells.obs.loc[~shown, "use"] = KNOWN_ONLY  # experiments, which cannot be asked for
+    cells.uns = {"normalisation": note, "system": system}
+    names = sorted(perturbed)
+    print(f"system '{system}': {(cells.obs['treatment'] == control).sum():,} control cells, {len(names)} knock-outs, "
+          f"{len(perturbed & set(cells.var_names))} of them of the {cells.n_vars} genes that are predicted: "
+          f"{data.listed(names, 20)}; {note}")
+    return cells, control, queries
+
+
+def screen_of(cells, control: str) -> Screen:
+    """The same in memory as the other stages read it from files; everything is known."""
+    return data.as_screen(cells.copy(), {"control": control, "title": "own screen", "section": "real"})
+
+
+def task(screen: Screen, treatment: Float[np.ndarray, "G"], avoid: str, context: int, cells: int,
+         rng: np.random.Generator) -> Given:
+    """A draw: control cells, and K known experiments but for `avoid`."""
+    known = [t for t in np.flatnonzero(np.isin(screen.split[0], tasks.KNOWN)).tolist()
+             if t != CONTROL and screen.treatment_names[t] != avoid]
+    if not known:
+        raise BadInput(f"no knock-out besides {avoid}: there is no context to learn from")
+    chosen = rng.permutation(known)[:context].tolist()
+    pools = [screen.pool(0, t) for t in (CONTROL, *chosen)]
+    drawn = np.stack([pool[tasks.draw(rng, len(pool), cells)] for pool in pools])
+    return Given(drawn[0], drawn[1:], screen.treatments[0, chosen], treatment)
+
+
+def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
+    """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, in words."""
+    import baselines
+
+    folds, found = tasks.folds(screen, 10**6), {}
+    if not folds:
+        raise BadInput("--evaluate: needs two knock-outs of measured genes")
+    for number, fold in enumerate(tqdm(folds, unit=" knock-outs")):
+        e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
+        rng = scales.generator("evaluation", s.seed, number)
+        given = task(fold, e.given.query[0], "", head["context"], s.cells, rng)
+        given = given._replace(controls=e.given.controls[0])
+        cells = counterfactuals(network, given, head["genes"], key=scales.key("sampling", s.seed, number))
+        found.setdefault("prediction", []).append(metrics.Predictions(
+            e.given.controls, e.given.controls, e.target, cells[None], e.given.query, e.true_means(fold),
+            np.array(["s"]), True, {}))
+        for row in SIMPLE:
+            p = baselines.predict(row, baselines.make(row, "laptop", fold, rng), fold, e, rng)
+            found.setdefault(row, []).append(p)
+    table = {}
+    for row, each in found.items():
+        fields = metrics.Predictions._fields[:7]
+        arrays = [np.concatenate([np.asarray(getattr(p, name)) for p in each]) for name in fields]
+        table[row] = metrics.evaluate(metrics.Predictions(*arrays, True, {}))
+    shown = [name for name in metrics.METRICS if all(numbers[name] is not None for numbers in table.values())]
+    print(f"{len(folds)} knock-outs, each predicted from the others, {s.cells} cells:")
+    print(f"{'':14}" + "".join(f"{metrics.METRICS[name].heading:>16}" for name in shown))
+    for row, numbers in table.items():
+        print(f"{row:14}" + "".join(f"{numbers[name] * metrics.METRICS[name].factor:16.3f}" for name in shown))
+    for name in shown:
+        if metrics.METRICS[name].better == "one":
+            continue
+        sign = -1 if metrics.METRICS[name].better == "higher" else 1
+        best = min(table, key=lambda row: sign * table[row][name])
+        if best != "prediction":
+            print(f"{metrics.METRICS[name].heading}: the rule '{best}' is better on your data; do not believe the "
+                  "prediction in this respect")
+
+
+# -------------------------------------------------------------------------------------------------------- what is made
+
+
+def table_of(query: str, genes: list[str], draws: list[tuple]) -> list[dict]:
+    """Genes by how strongly they answer: log2 fold change and adjusted p of all draws together, and the share of draws
+    in which a gene is called by itself."""
+    controls, predicted = (np.concatenate(cells)[None] for cells in zip(*draws))
+    adjusted, change = (found[0] for found in metrics.differential_expression(controls, predicted))
+    calls = []
+    for before, after in draws:
+        p, l = (found[0] for found in metrics.differential_expression(before[None], after[None]))
+        calls.append((p < metrics.P_VALUE) & (np.abs(l) > metrics.FOLD_CHANGE))
+    share = np.mean(calls, axis=0)
+    rows = []
+    for i in np.argsort(-np.abs(change) * (adjusted < metrics.P_VALUE), kind="stable").tolist():
+        rows.append({"query": query, "gene": genes[i], "log2_fold_change": float(change[i]),
+                     "adjusted_p": float(adjusted[i]), "share_of_draws_called": float(share[i])})
+    return rows
+
+
+def figure(path: Path, found: dict[str, list[tuple]], screen: Screen) -> None:
+    """Per query: predicted against control means, and a map of control, measured and predicted cells."""
+    import drawing
+
+    panels = []
+    for query, draws in found.items():
+        controls, predicted = (np.concatenate(cells) for cells in zip(*draws))
+        before, after = controls.mean(axis=0).tolist(), predicted.mean(axis=0).tolist()
+        panels.append(drawing.Panel(f"do({query}): means", "control", "predicted", before,
+                                    {"equal": [before], "genes": [after]}))
+        measured = np.concatenate([screen.pool(0, t)[:200] for t in range(1, len(screen.treatment_names))])
+        centre = controls.mean(axis=0)
+        plane = np.linalg.svd(np.concatenate([measured, controls]) - centre, full_matrices=False)[2][:2].T
+        points = {"measured knock-outs": measured, "control": controls, "prediction": predicted}
+        points = {label: ((x[:400] - centre) @ plane).round(3).tolist() for label, x in points.items()}
+        panels.append(drawing.Panel(f"do({query}): cells", "PC 1", "PC 2", points=points))
+    content = {"panels": [panel._asdict() for panel in panels[:8]]}
+    drawing.draw({"title": "Predicted knock-outs", "data": content}, "paper", path)
+
+
+def main() -> None:
+    """Inspect, evaluate or predict."""
+    import anndata
+    import pandas as pd
+    import tyro
+
+    s = tyro.cli(Settings)
+    scales.check_least(s, {"min_cells": 2, "genes": 0, "cells": 10, "draws": 1, "seed": 0})
+    if not (s.query or s.validate or s.evaluate):
+        raise BadInput("say what is wanted: --query GENE ..., --evaluate, or --validate")
+    if s.out.exists() and s.query and not s.validate:
+        raise BadInput(f"--out {s.out}: is there already; move it away, or give another name")
+    head, network = (None, None) if s.validate else load_checkpoint(s.checkpoint)
+    cells, control, queries = read(s)
+    screen = screen_of(cells, control)
+    if s.validate:
+        print("this can be predicted from" + f": {', '.join(queries)}" * bool(queries))
+        return
+    if s.evaluate:
+        evaluate(s, screen, head, network)
+    found: dict[str, list[tuple]] = {}
+    if queries:
+        print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
+    for number, query in enumerate(tqdm(queries, unit=" knock-outs", disable=not queries)):
+        one_hot = (cells.var_names == query).astype(np.float32)
+        for draw in range(s.draws):
+            rng = scales.generator("sampling", s.seed, number, draw)
+            given = task(screen, one_hot, query, head["context"], s.cells, rng)
+            key = scales.key("sampling", s.seed, number, draw)
+            made = counterfactuals(network, given, head["genes"], key=key)
+            found.setdefault(query, []).append((given.controls, made))
+    if not queries:
+        return
+    rows, blocks, obs = [], [], []
+    for query, draws in found.items():
+        rows += table_of(query, list(cells.var_names), draws)
+        for name, block in ((control, 0), (query, 1)):
+            if name == control and blocks:
+                continue  # control cells once
+            blocks.append(np.concatenate([pair[block] for pair in draws]))
+            obs += [{"perturbation": name, "predicted": name != control}] * len(blocks[-1])
+    made = {"checkpoint": str(s.checkpoint), "weights": model.checksum(s.checkpoint), "revision": scales.revision(),
+            "settings": json.dumps(dataclasses.asdict(s), default=str), **cells.uns}
+    result = anndata.AnnData(np.concatenate(blocks).astype(np.float32),
+                             pd.DataFrame(obs, index=[f"cell{i}" for i in range(len(obs))]), cells.var.copy(),
+                             uns={"prediction": made})
+    with scales.atomic(s.out.with_name(f"{s.out.stem}-genes.csv")) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    figure(s.out.with_name(f"{s.out.stem}-cells.png"), found, screen)
+    with scales.atomic(s.out) as temporary:
+        result.write_h5ad(temporary)
+    print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {s.out.stem}-genes.csv, {s.out.stem}-cells.png")
+
+
+if __name__ == "__main__":
+    scales.run(main)

@@ -1,0 +1,116 @@
+"""Claims about predict.py: what a person with a file gets, and what is refused."""
+
+import dataclasses
+import sys
+
+import anndata
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pandas as pd
+import pytest
+
+import model
+import predict
+from model import Architecture
+from scales import BadInput
+from tests.test_data import NAMES, make_cells
+
+SMALL = Architecture(network="exchangeable.Exchangeable", width=8, depth=1, heads=1, remat=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An untrained network, that moves cells a little."""
+    network = model.build(SMALL, 6, key=jr.key(0))
+    head = dataclasses.asdict(SMALL) | {"genes": 6, "context": 2, "no_knock_out": 0.1}
+    path = tmp_path / "box.eqx"
+    # What starts from zero, and so moves nothing, is filled with numbers.
+    parameters, _ = eqx.partition(network, eqx.is_inexact_array)
+    parameters = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), parameters)
+    model.write_leaves(path, head, parameters)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, checkpoint, monkeypatch, capsys):
+    """predict.py on the file of `make_cells`; returns what it printed."""
+    cells = make_cells(systems=("A",))
+    cells.obs["perturbation"] = cells.obs["perturbation"].replace({"t5": "GFP"})
+    cells.write_h5ad(tmp_path / "screen.h5ad")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "screen.h5ad"), "--checkpoint", str(checkpoint),
+                                          "--min-cells", "20", "--cells", "20", "--draws", "2", "--out",
+                                          str(tmp_path / "out.h5ad"), *words])
+        predict.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_validate_stops(run, tmp_path):
+    printed = run("--validate")
+    assert "6 knock-outs, 5 of them of the 14 genes" in printed and not (tmp_path / "out.h5ad").exists()
+
+
+def test_a_prediction(run, tmp_path):
+    """Real control cells, predicted ones on the same scale, genes in the order of the file, a ranked table, a picture,
+    provenance; the same seed gives the same cells; what is there is not overwritten."""
+    run("--query", "M2", "t5")
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert list(found.var_names) == NAMES and (found.X >= 0).all()
+    assert found.obs["perturbation"].value_counts().to_dict() == {"control": 40, "m2": 40, "t5": 40}
+    assert (found.obs["predicted"] == (found.obs["perturbation"] != "control")).all()
+    assert found.uns["prediction"]["weights"] == model.checksum(tmp_path / "box.eqx")
+    table = pd.read_csv(tmp_path / "out-genes.csv")
+    assert len(table) == 2 * len(NAMES) and table["share_of_draws_called"].between(0, 1).all()
+    assert (tmp_path / "out-cells.png").stat().st_size > 1000
+    with pytest.raises(BadInput, match="is there already"):
+        run("--query", "m2")
+    (tmp_path / "out.h5ad").rename(tmp_path / "first.h5ad")
+    run("--query", "M2", "t5")
+    np.testing.assert_array_equal(anndata.read_h5ad(tmp_path / "out.h5ad").X, found.X)
+
+
+def test_what_is_not_measured_cannot_be_asked_for(run):
+    with pytest.raises(BadInput, match="GFP: not among the 14 measured genes.*cannot be asked for"):
+        run("--query", "GFP")
+
+
+def test_evaluation_compares_with_simple_rules(run):
+    """An untrained network is told off in words."""
+    printed = run("--evaluate")
+    assert "5 knock-outs, each predicted from the others" in printed
+    assert all(row in printed for row in ("prediction", *predict.SIMPLE)) and "do not believe" in printed
+
+
+def test_passes_cover_all_genes_in_equal_sizes():
+    for genes, always, room in ((14, [3, 5], 6), (7, [0], 20), (6, [1, 2, 3, 4], 4), (3, [0, 1, 2], 5)):
+        found = list(predict.passes(genes, np.array(always), room))
+        assert set(np.concatenate(found)) == set(range(genes)) and len({len(each) for each in found}) == 1
+        assert all(set(always) <= set(each) and len(set(each)) == len(each) for each in found)
+
+
+def test_on_arrays(checkpoint):
+    """The same from a notebook; an experiment on the query itself is not looked at."""
+    rng = np.random.default_rng(0)
+    control, experiments = rng.random((50, 4)), {"a": rng.random((30, 4)), "unmeasured": rng.random((9, 4))}
+    before, after = predict.predict(control, experiments, "b", list("abcd"), checkpoint, cells=15)
+    assert before.shape == after.shape == (15, 4) and (after >= 0).all()
+    again = predict.predict(control, experiments | {"b": rng.random((9, 4))}, "b", list("abcd"), checkpoint, cells=15)
+    np.testing.assert_array_equal(after, again[1])
+    with pytest.raises(BadInput, match="e: not among"):
+        predict.predict(control, experiments, "e", list("abcd"), checkpoint)
+    with pytest.raises(BadInput, match="no experiments besides"):
+        predict.predict(control, {"b": control}, "b", list("abcd"), checkpoint)
+
+
+def test_networks_bound_to_their_genes_are_refused(tmp_path):
+    head = dataclasses.asdict(Architecture(width=8, depth=1, heads=1, registers=1)) | {"genes": 6, "context": 2}
+    network = model.build(Architecture(width=8, depth=1, heads=1, registers=1), 6, key=jr.key(0))
+    model.write_leaves(tmp_path / "paper.eqx", head | {"no_knock_out": 0.1}, eqx.filter(network, eqx.is_inexact_array))
+    with pytest.raises(BadInput, match="bound to 6 genes"):
+        predict.load_checkpoint(tmp_path / "paper.eqx")
