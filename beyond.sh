@@ -37,7 +37,7 @@ PRIORS="panel causal grn grn-unpaired grn-unpaired-redrawn"
 OURS_IS=(--network exchangeable.Exchangeable --snapshots 0)
 
 run prior.py linear "${TO[@]}"
-run prior.py linear --seed 1 --systems 20000 --population 100 --validation 16 --test 0 --name linear-many "${TO[@]}"
+run prior.py linear --seed 1 --systems 20000 --population 100 --name linear-many "${TO[@]}"
 run prior.py grn ${SIZE[@]+"${SIZE[@]}"} "${TO[@]}"
 run prior.py grn --unpaired ${SIZE[@]+"${SIZE[@]}"} "${TO[@]}"
 run prior.py grn --unpaired --redraw-amplitude ${SIZE[@]+"${SIZE[@]}"} "${TO[@]}"

@@ -459,8 +459,8 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
 
 
 def sections(s: Settings) -> tuple[str, ...]:
-    """Of the table of scales: of every training, of the screen, of fine-tuning, and of a network of its own file."""
-    return "train", tasks.section_of(s), "finetune" if s.init else "", s.network.split(".")[0]
+    """Of the table of scales: of every training, of the screen, of a network in a file of its own, of fine-tuning."""
+    return "train", tasks.section_of(s), s.network.split(".")[0], "finetune" if s.init else ""
 
 
 def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
