@@ -89,6 +89,7 @@ def has_flash(features: int) -> bool:
     return float(device.compute_capability) >= 8 and features % 8 == 0 and features <= 128
 
 
+# Exercise 4
 def plain_attention(q: Float[Array, "T H F"], k: Float[Array, "T H F"], v: Float[Array, "T H F"],
                     precision: str = "float32") -> Float[Array, "T H F"]:
     """softmax(q k^T / sqrt(F)) v; no mask, since there is never any padding."""

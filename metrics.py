@@ -124,6 +124,7 @@ def magnitude_ratio(controls: Float[np.ndarray, "N D"], true: Float[np.ndarray, 
     return wasserstein(controls, predicted) / effect
 
 
+# Exercise 7
 def pds_ranks(true: Float[np.ndarray, "P N D"], predicted: Float[np.ndarray, "P M D"]) -> Float[np.ndarray, "P"]:
     """PDS (eq. 12) of each prediction: the share of the *other* true means that are as close to it as its own, NaN if
     P = 1. 0 perfect, 1 worst; one prediction for all treatments has a mean of 1/2."""
@@ -193,6 +194,7 @@ def pseudo_values(truth: Shaped[np.ndarray, "P D"], score: Shaped[np.ndarray, "P
     return np.array(found)
 
 
+# Exercise 7
 def deg_auprc(controls: Float[np.ndarray, "P N D"], true: Float[np.ndarray, "P M D"],
               predicted: Float[np.ndarray, "P L D"], treatments: Float[np.ndarray, "P D"] | None = None) -> dict:
     """Area under the precision-recall curve for finding differentially expressed genes (C.2); log-expression data only.

@@ -231,6 +231,7 @@ class Stream(eqx.Module):
         self.norm = eqx.nn.LayerNorm(width, use_weight=False, use_bias=False)  # FiLM is the scale and shift of the norm
         self.heads = heads
 
+    # Exercise 4
     def modulation(self, time: Float[Array, " E"]) -> Float[Array, "4 E"]:
         """FiLM (Perez et al., 2018): scale and shift before attention, and again before the feed-forward network."""
         return self.film(time).reshape(4, -1)

@@ -137,6 +137,7 @@ def sample_dag(rng: np.random.Generator, genes: int, edge_probability: float = 0
     return w / np.sqrt(variance)
 
 
+# Exercise 1
 def simulate_linear(rng: np.random.Generator, w: Float[np.ndarray, "D D"], values: Float[np.ndarray, "D"],
                     cells: int) -> Float[np.ndarray, "T N D"]:
     """Cells of z = W z + epsilon, first as it is, then under do(z_t = values[t]) for each node t, unscaled (B.1)."""
@@ -188,6 +189,7 @@ def true_means(w: Float[np.ndarray, "D D"], values: Float[np.ndarray, "D"]) -> F
     return np.array(means, np.float32)
 
 
+# Exercise 8
 def twins(screen: Screen, evaluation: Evaluation,
           cells: Float[np.ndarray, "P N D"]) -> Float[np.ndarray, "P N D"] | None:
     """What each of these control cells would have been under the query of its task: its noise is found (abduction), the
@@ -236,6 +238,7 @@ def pick(rng: np.random.Generator, weights: Float[np.ndarray, "n"]) -> int:
     return int(rng.choice(len(weights), p=weights / weights.sum()))
 
 
+# Exercise 2
 def grow_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
     """Directed scale-free graph in groups, by preferential attachment; cycles allowed (Aguirre et al., 2025; Table 5).
     Genes that regulate many others get more targets; that in-degrees stay even is the work of a large delta_in."""
@@ -263,6 +266,7 @@ def grow_graph(rng: np.random.Generator, genes: int) -> Bool[np.ndarray, "D D"]:
     return parents
 
 
+# Exercise 2
 def cut_cycles(rng: np.random.Generator, parents: Bool[np.ndarray, "D D"]) -> Bool[np.ndarray, "D D"]:
     """Remove the weakest edge of *every* cycle of `parents`, without listing the cycles: there may be millions.
 

@@ -62,6 +62,7 @@ CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: wha
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
 
 
+# Exercise 6
 def guided_velocity(network: eqx.Module, condition: PyTree, guidance: float | Array, y: Float[Array, "N D"],
                     tau: Float[Array, ""], instead: PyTree | None = None) -> Float[Array, "N D"]:
     """Classifier-free guidance (Ho & Salimans, 2021): v_null + omega (v_condition - v_null), both in one batch.
@@ -81,6 +82,7 @@ def guided_velocity(network: eqx.Module, condition: PyTree, guidance: float | Ar
     return unconditional + guidance * (conditional - unconditional)
 
 
+# Exercise 6
 def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int,
          counterfactual: bool = False, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).

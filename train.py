@@ -104,6 +104,7 @@ SPLIT_SEEDS = 1000  # between the seeds of two splits, so that no split of one r
 # ----------------------------------------------------------------------------------- the objective (eq. 3, Algorithm 1)
 
 
+# Exercise 3
 def task_loss(network: eqx.Module, task: Task, drop_condition: float, target_cells: int = 0, mean_loss: float = 0.0, *,
               key: PRNGKeyArray) -> Float[Array, ""]:
     """Flow-matching loss of a task: how far the velocity is from the straight line from noise to data (equation 3).
@@ -149,6 +150,7 @@ class State(NamedTuple):
     update: Array
 
 
+# Exercise 5
 def schedule(s: Settings) -> optax.Schedule:
     """Rate of each update. Warm-up, stable, decay: linear up, constant, then peak * (1 - sqrt(progress)) to zero (A.2).
 
@@ -221,6 +223,7 @@ def make_update(s: Settings, static: PyTree, mesh: Mesh) -> Callable:
     return update
 
 
+# Exercise 5
 def averaged(s: Settings, state: State) -> PyTree:
     """The EMA weights that inference uses (A.2).
 

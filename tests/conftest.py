@@ -27,6 +27,12 @@ MODULES = ["scales", "tasks", "labels", "data", "prior", "attention", "devices",
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 
+def pytest_configure(config):
+    """The marks of course.py."""
+    for number in range(1, 9):
+        config.addinivalue_line("markers", f"exercise{number}: grades exercise {number} of the course")
+
+
 def write_linear(folder: Path, **changes) -> None:
     """A small screen of linear SCMs, as prior.py lays it out."""
     import prior

@@ -30,6 +30,7 @@ def value_and_gradients(attend, qkv, weight):
     return [np.asarray(x) for x in (out, *gradients)]
 
 
+@pytest.mark.exercise4
 @pytest.mark.parametrize("tokens", [1, 66])
 def test_looped_attention_is_plain_attention(tokens, rng):
     """One head at a time, with the backward pass written out, gives the same values and gradients; large scores too."""

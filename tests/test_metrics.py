@@ -100,6 +100,7 @@ def test_moments_and_kernel_by_hand():
     assert metrics.mmd(x[:1], np.array([[2.0, 4.0]])) == close(2 - 2 * kernel)
 
 
+@pytest.mark.exercise7
 @pytest.mark.parametrize("true, predicted, systems, expected", [
     ((0, 1, 4), (0, 1, 4), "aaa", 0),            # each at its own truth
     ((0, 1, 4), (1, 4, 0), "aaa", 2 / 3),        # ranks 1/2, 1/2, 1
@@ -122,6 +123,7 @@ def test_pds_by_hand(true, predicted, systems, expected):
     assert np.nanmean(found) == close(expected)
 
 
+@pytest.mark.exercise7
 def test_auprc_by_hand():
     """The truth scores 1, control cells the base rate 3/8. Both conditions share one ranking: a wrong gene of the
     second ahead of a right one of the first costs, and likewise if only the two treated genes are scored."""

@@ -157,6 +157,7 @@ def test_null_condition_hides_every_input():
     assert np.abs(run(**x) - run(**inputs())).max() > 1e-3
 
 
+@pytest.mark.exercise4
 def test_time_enters_through_film_only():
     """FiLM starts at zero, where the time has no effect; once it is not zero, it has."""
     def films(network) -> list:
@@ -195,6 +196,7 @@ def test_gaussian_velocity_is_a_regression(rng):
     assert same(run(build(skip=True), **x), run(**x) + added)
 
 
+@pytest.mark.exercise4
 def test_film_by_query_is_a_direct_path_from_the_query():
     """[D34] With every attention output switched off, the query still reaches the velocity, unless the condition is
     dropped; without the flag it cannot."""

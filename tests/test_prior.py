@@ -47,6 +47,7 @@ def test_normalisation_of_weights():
     assert variance.min() > 1 - 1e-9 and 1.0 < np.median(variance) < 1.1 and np.quantile(variance, 0.99) < 2.3
 
 
+@pytest.mark.exercise1
 def test_intervention_replaces_one_equation():
     """do(t) sets z_t = c; the other nodes keep their equations, with standard normal noise that is new for each t."""
     w = prior.sample_dag(rng(), 6)
@@ -61,6 +62,7 @@ def test_intervention_replaces_one_equation():
         assert abs(np.corrcoef(noise[a, :, 3], noise[b, :, 3])[0, 1]) < 0.1
 
 
+@pytest.mark.exercise1
 def test_means_move_by_the_total_effect():
     """Under do(t = c) the mean of a descendant k is c T[k, t]; all others keep the distribution they had without it."""
     w = prior.sample_dag(rng(1), 6)
@@ -110,6 +112,7 @@ def test_linear_screen(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- graphs of gene regulatory networks
 
 
+@pytest.mark.exercise2
 def test_weakest_edge_of_every_cycle_is_cut():
     """The shortcut through reachability removes what listing all cycles, and the weakest edge of each, removes."""
     cut = 0
@@ -125,6 +128,7 @@ def test_weakest_edge_of_every_cycle_is_cut():
     assert cut > 40
 
 
+@pytest.mark.exercise2
 def test_gene_number_does_not_tell_the_hubs():
     """Genes that joined early regulate more targets; after shuffling, a gene's number and its targets are unrelated."""
     def correlation(sample):
@@ -141,6 +145,7 @@ RELEASED_GRAPHS = np.array([69, 1.38, 4.0, 7.0, 4.1]), np.array([10, 0.20, 0.9, 
 RELEASED_COUNTS = np.array([64, 159]), np.array([11, 86]) / np.sqrt(30)
 
 
+@pytest.mark.exercise2
 @pytest.mark.parametrize("genes", [3, 8, 50])
 def test_grn_graphs_suit_the_simulator_and_agree_with_the_released_generator(genes):
     """No cycle, a master regulator, and no gene without an edge, at every size; at 50 genes, the released degrees."""
@@ -420,6 +425,7 @@ def test_killed_run_leaves_nothing_behind(tmp_path):
         assert path.read_bytes() == (prior.screen_folder(s) / path.name).read_bytes()
 
 
+@pytest.mark.exercise8
 def test_twins_and_true_means(tmp_path):
     """Twins of many control cells are distributed as the cells of the knock-out are; the treated variable is at its
     value; what is not downstream stays, cell by cell; and their mean is the true one."""

@@ -62,6 +62,7 @@ def solve(network, given, steps, cells, seed=3):
     return end, jr.normal(jr.split(key)[0], (cells, GENES))
 
 
+@pytest.mark.exercise6
 def test_flow_in_closed_form(given):
     """From N(0, 1) to N(mu, s^2) the velocity is known, and so is its solution: noise y ends at mu + s y. And
     dY = 3 tau^2 dtau ends at Y_0 + 1 exactly, also where 1/steps is inexact: no step is lost or added."""
@@ -77,6 +78,7 @@ def test_flow_in_closed_form(given):
         np.testing.assert_allclose(end, noise + 1, atol=1e-4)
 
 
+@pytest.mark.exercise8
 def test_counterfactual_cells(network, given):
     """Without a knock-out a control cell comes back as it was, to 1e-3, whatever the guidance; with one it becomes
     another that still goes with it, as a new cell does not."""
@@ -96,6 +98,7 @@ def test_counterfactual_cells(network, given):
     assert goes_with(moved) > 0.7 and abs(goes_with(new)) < 0.3
 
 
+@pytest.mark.exercise6
 def test_guidance_is_linear(network, given):
     """omega = 0 is the unconditional velocity, 1 the conditional one, and others lie on the line through them."""
     condition, tau = model.prepare(network, one(given), key=jr.key(1)), jnp.array(0.4)

@@ -50,6 +50,7 @@ def losses_of(say, batch: Task, drop_condition=0.2) -> np.ndarray:
     return np.asarray(jax.jit(loss)(batch, jr.split(jr.key(0), len(batch.target))))
 
 
+@pytest.mark.exercise3
 def test_flow_of_some_cells_and_mean_of_all():
     """With --target-cells the flow is learnt from the first cells only, with --mean-loss the mean from all of them: its
     squared error, times the weight. A network that has no mean is refused."""
@@ -112,6 +113,7 @@ def rows_of(folder) -> list[dict]:
     return list(csv.DictReader((folder / "log.csv").open()))
 
 
+@pytest.mark.exercise3
 def test_the_objective_in_closed_form():
     """(Eq. 3) A velocity of zero has loss E|Y - Y_0|^2: the second moment of the data, plus 1. With all target cells at
     c, v = (c - Y_tau) / (1 - tau) is exact: interpolation, time and target fit together. tau = sigmoid(N(0, 1)), one a
@@ -128,6 +130,7 @@ def test_the_objective_in_closed_form():
         assert dropped.mean() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 2000) ** 0.5)
 
 
+@pytest.mark.exercise5
 def test_schedule_warms_up_stays_and_decays():
     """Linear over the first 1%, at the peak, 1 - sqrt(progress) over the last 20%, nearly zero at the last update."""
     s = Settings(updates=1000, learning_rate=2e-4)
@@ -181,6 +184,7 @@ def test_a_batch_can_be_split_at_will(like, trained, beginning):
         np.testing.assert_allclose(used, weights, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exercise5
 def test_average_is_the_weighted_mean_of_the_weights(trained, beginning):
     """[D8] EMA in closed form: weight ema^(n - i) for update i, normalised, so that the start from zero is gone."""
     state, ema, seen = beginning[0], trained.settings.ema, []
