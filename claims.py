@@ -70,23 +70,24 @@ NETWORKS = {"exchangeable": "the exchangeable network", "mappfn": "the paper's n
 def steps() -> list[Claim]:
     """From one prior to the next, for each network; from one network to the other, for each prior; from new cells to
     counterfactual ones; and against what needs no training."""
-    names = ("The amplitude of the noise is held: better than redrawn for each condition, as released",
+    names = ("Noise of one amplitude is better than one that is redrawn for each condition, as released",
              "Paired noise is better than unpaired",
              "Effects that propagate, twins, repression (causal) are better than sergio-rs's",
              "Made as screens are made (panel) is better than causal")
-    wanted, found = {"real": ALL}, []
+    asked = []  # what, of what, row, rivals
     for name, before, after in zip(names, PRIORS, PRIORS[1:]):
-        pairs = tuple((f"{network}-{after}", (f"{network}-{before}",)) for network in NETWORKS)
-        found.append(Claim(name, "both networks", pairs, wanted))
-    found.append(Claim("The exchangeable network is better than the paper's", "on each prior, zero-shot",
-                       tuple((f"exchangeable-{prior}", (f"mappfn-{prior}",)) for prior in PRIORS), wanted))
-    found.append(Claim("Counterfactual cells are better than new ones", "on each prior, the exchangeable network",
-                       tuple((f"exchangeable-{prior}-cf", (f"exchangeable-{prior}",)) for prior in PRIORS), wanted))
-    found.append(Claim("Counterfactual cells of the best prior are better, zero-shot, than every simple row",
-                       "the hardest simple row", (("exchangeable-panel-cf", SIMPLE),), wanted))
-    found.append(Claim("Fine-tuned they are better than zero-shot", "one prior",
-                       (("exchangeable-panel-tuned-cf", ("exchangeable-panel-cf",)),), wanted))
-    return found
+        asked += [(name, words, f"{network}-{after}", (f"{network}-{before}",)) for network, words in NETWORKS.items()]
+    for prior in PRIORS:
+        asked.append(("The exchangeable network is better than the paper's", f"on the prior {prior}",
+                      f"exchangeable-{prior}", (f"mappfn-{prior}",)))
+    for network, words in NETWORKS.items():
+        asked.append(("Counterfactual cells are better than new ones", f"{words}, on the prior panel",
+                      f"{network}-panel-cf", (f"{network}-panel",)))
+    asked.append(("Counterfactual cells of the prior panel are better, zero-shot, than every simple row",
+                  "the hardest of them", "exchangeable-panel-cf", SIMPLE))
+    asked.append(("Fine-tuning improves on zero-shot", "the exchangeable network, on the prior panel",
+                  "exchangeable-panel-tuned-cf", ("exchangeable-panel-cf",)))
+    return [Claim(name, words, ((row, rivals),), {"real": ALL}) for name, words, row, rivals in asked]
 
 
 FIGURE_CLAIMS = {  # figure -> what the paper says, what is compared
