@@ -109,17 +109,17 @@ def test_known_graph_approaches_the_truth(tmp_path):
     """On linear SCMs, told the graph or its order, what a knock-out does to other variables is found the better the
     more cells there are, better from the graph than from the order, and spreads are as they should be."""
     import prior
-    s = prior.Settings("linear", genes=6, systems=0, validation=0, test=8, test_population=4000, out=tmp_path)
+    s = prior.Settings("linear", genes=6, systems=0, validation=0, test=40, test_population=4000, out=tmp_path)
     prior.make_linear(s, prior.screen_folder(s))
     screen, found = tasks.load_screen(prior.screen_folder(s)), {}
-    for row, cells in itertools.product(baselines.GRAPH, (30, 1500)):
+    for row, cells in itertools.product(baselines.GRAPH, (50, 1500)):
         baseline = baselines.make(row, "smoke", screen, np.random.default_rng(2))
         evaluation = tasks.evaluation_tasks(screen, cells, 0)
         p = baselines.predict(row, baseline, screen, evaluation, np.random.default_rng(2))
         found[row, cells] = metrics.off_target_r2(p).mean()
     assert p.prediction.std(axis=1)[p.treatments == 0] == pytest.approx(1, abs=0.1)
-    assert 0.2 < found["known-graph", 30] < 0.95 < found["known-graph", 1500] < 1.01
-    assert found["known-order", 30] < found["known-order", 1500] and found["known-order", 1500] > 0.9
+    assert 0.2 < found["known-graph", 50] < 0.95 < found["known-graph", 1500] < 1.01
+    assert found["known-order", 50] < found["known-order", 1500] and found["known-order", 1500] > 0.9
 
 
 @pytest.mark.parametrize("log_expression, value", [(False, 0.8), (True, 0)])
