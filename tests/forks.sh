@@ -45,7 +45,7 @@ class Halfway(TargetOnly):
     def predict(self, controls, system, treatment, rng):
         return (controls + super().predict(controls, system, treatment, rng)) / 2
 EOF
-sed -i 's/^from baselines import simple$/from baselines import halfway, simple/; s/^    "identity": simple.Identity,$/&\n    "halfway": halfway.Halfway,/' baselines/__init__.py
+sed -i 's/^from baselines import graph, simple$/from baselines import graph, halfway, simple/; s/^    "identity": simple.Identity,$/&\n    "halfway": halfway.Halfway,/' baselines/__init__.py
 touched "a baseline"
 
 # 3. A prior: independent genes with Poisson counts; a knock-out silences its gene and doubles the next one.
