@@ -61,8 +61,8 @@ CLAIMS = [
           {"real": ALL}),
 ]
 # What the second network and our own priors are worth (beyond.sh): no claim of the paper, but judged as one.
-SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")  # not
-#        "constant-mean", which is no set of cells
+# What a trained row has to beat. Not "constant-mean", which is no set of cells.
+SIMPLE = ("identity", "target-only", "system-mean", "additive", "target-gene", "bilinear-ridge")
 PRIORS = ("grn-unpaired-redrawn", "grn-unpaired", "grn", "causal", "panel")
 NETWORKS = {"exchangeable": "the exchangeable network", "mappfn": "the paper's network"}
 

@@ -18,8 +18,7 @@ of one pair of genes holds for all, and it takes any number of genes, experiment
     L blocks (depth)   H matrices of each (heads)
 
 [D57] What it is worth: beyond.sh. A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no
-knock-out. The null condition drops the query only: guidance exaggerates what a knock-out does, not how bright a screen
-is.
+knock-out. The null condition drops the query only: guidance exaggerates a knock-out, not how bright a screen is.
 """
 
 import math

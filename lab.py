@@ -43,7 +43,7 @@ print(screen.cells.shape, "cells x variables;", screen.split.shape, "systems x t
 system = int(np.flatnonzero((screen.split == tasks.TEST).any(axis=1))[0])
 control, treated = screen.pool(system, 0), screen.pool(system, 1)
 plt.figure(figsize=(7, 3))
-plt.bar(range(control.shape[1]), treated.mean(0) - control.mean(0), label="400 cells")
+plt.bar(range(control.shape[1]), treated.mean(0) - control.mean(0), label=f"{len(treated)} cells")
 plt.plot(screen.means[system, 1], "k_", ms=12, label="infinitely many")
 plt.xlabel("variable")
 plt.ylabel("change of the mean")

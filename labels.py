@@ -119,7 +119,9 @@ def kind_of(values) -> str:
     off = np.abs(data - np.round(data))
     if not off.any():
         return "counts"
-    return "corrected counts" if np.quantile(off, 0.9) < 0.1 else "fractions"
+    if np.quantile(off, 0.9) < 0.1 and data.max() > 15:  # no logarithm of a count is as large
+        return "corrected counts"
+    return "fractions"
 
 
 def find_counts(cells) -> tuple[str, object]:

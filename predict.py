@@ -269,8 +269,10 @@ def main() -> None:
     scales.check_least(s, {"min_cells": 2, "genes": 0, "cells": 10, "draws": 1, "seed": 0})
     if not (s.query or s.validate or s.evaluate):
         raise BadInput("say what is wanted: --query GENE ..., --evaluate, or --validate")
-    if s.out.exists() and s.query and not s.validate:
-        raise BadInput(f"--out {s.out}: is there already; move it away, or give another name")
+    table, picture = s.out.with_name(f"{s.out.stem}-genes.csv"), s.out.with_name(f"{s.out.stem}-cells.png")
+    for path in (s.out, table, picture):
+        if path.exists() and s.query and not s.validate:
+            raise BadInput(f"{path}: is there already; move it away, or give another --out")
     head, network = (None, None) if s.validate else load_checkpoint(s.checkpoint)
     cells, control, queries = read(s)
     screen = screen_of(cells, control)
@@ -305,12 +307,12 @@ def main() -> None:
     result = anndata.AnnData(np.concatenate(blocks).astype(np.float32),
                              pd.DataFrame(obs, index=[f"cell{i}" for i in range(len(obs))]), cells.var.copy(),
                              uns={"prediction": made})
-    with scales.atomic(s.out.with_name(f"{s.out.stem}-genes.csv")) as temporary:
+    with scales.atomic(table) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
-    figure(s.out.with_name(f"{s.out.stem}-cells.png"), found, screen)
+    figure(picture, found, screen)
     with scales.atomic(s.out) as temporary:
         result.write_h5ad(temporary)
-    print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {s.out.stem}-genes.csv, {s.out.stem}-cells.png")
+    print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {table.name}, {picture.name}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_where_counts_are(sparse):
     make = scipy.sparse.csr_matrix if sparse else np.array
     scaled = (COUNTS - COUNTS.mean(0)) / COUNTS.std(0)
     corrected = np.where(COUNTS > 0, COUNTS - 0.03, 0)
+    corrected[0, 0] = 39.97
 
     def found(x, layers=None, raw=None):
         cells = anndata.AnnData(make(x), layers={k: make(v) for k, v in (layers or {}).items()})
@@ -87,5 +88,7 @@ def test_where_counts_are(sparse):
         place, counts = found(x, layers, raw)
         assert place == where
         np.testing.assert_allclose(counts, expected, rtol=1e-6)
+    with pytest.raises(BadInput, match="X: fractions"):  # logarithms that happen to be nearly whole are no counts
+        found(np.where(COUNTS > 0, 1.01, 0))
     with pytest.raises(BadInput, match="X: fractions.*layer 'z': negative.*--log-transformed"):
         found(np.log1p(COUNTS / 3), {"z": scaled})

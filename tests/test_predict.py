@@ -71,6 +71,10 @@ def test_a_prediction(run, tmp_path):
     with pytest.raises(BadInput, match="is there already"):
         run("--query", "m2")
     (tmp_path / "out.h5ad").rename(tmp_path / "first.h5ad")
+    with pytest.raises(BadInput, match="out-genes.csv: is there already"):
+        run("--query", "m2")
+    (tmp_path / "out-genes.csv").unlink()
+    (tmp_path / "out-cells.png").unlink()
     run("--query", "M2", "t5")
     np.testing.assert_array_equal(anndata.read_h5ad(tmp_path / "out.h5ad").X, found.X)
 
