@@ -321,8 +321,12 @@ def build(a: Architecture, genes: int, *, key: PRNGKeyArray) -> eqx.Module:
     for name, known in (("attention", (*ATTENTION, "auto")), ("precision", PRECISIONS)):
         if getattr(a, name) not in known:
             raise BadInput(f"--{name} {getattr(a, name)}: expected one of {', '.join(known)}")
-    alone = {field.name: getattr(a, field.name) for field in dataclasses.fields(Architecture)}  # of a script's settings
-    return kind(Architecture(**alone), genes, key=key)
+    return kind(architecture(a), genes, key=key)
+
+
+def architecture(s: Architecture) -> Architecture:
+    """That part of a script's settings."""
+    return Architecture(**{field.name: getattr(s, field.name) for field in dataclasses.fields(Architecture)})
 
 
 def count_parameters(network: PyTree) -> int:

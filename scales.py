@@ -41,7 +41,8 @@ TABLE = {
         "cells":                 (16,        16),            # cells N of a population in a task
         "context":               (2,          4),            # context experiments K
     },
-    "exchangeable": {          # the second network (exchangeable.py) [D57]; its paper scale has not been tried
+    "exchangeable": {          # the second network [D57]: with the prior panel and counterfactual cells, what we recommend
+                               # for screens of real cells (beyond.sh tells why); its paper scale has not been tried
         "width":                 (12,        48,      128),
         "depth":                 (2,          3,        4),
         "heads":                 (2,          4,        8),
@@ -52,6 +53,7 @@ TABLE = {
         "target_cells":          (8,         16,       32),
         "mean_loss":             (3.0,      3.0,      3.0),
         "no_knock_out":          (0.1,      0.1,      0.1),
+        "updates":               (20,      2000,   50_000),
     },
     "linear": {                # linear SCMs (5.1, B.1): the screen, and training on it
         "genes":                 (8,         20,       20),  # variables D (5.1)

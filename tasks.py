@@ -143,7 +143,8 @@ def experiments(rng: np.random.Generator, screen: Screen, s: int, t: int, contex
 
 
 def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: Screen, batch: int, cells: int,
-                 context: int, split: int = TRAIN, permute: bool = False, no_knock_out: float = 0.0) -> Task:
+                 context: int, split: int = TRAIN, permute: bool = False, no_knock_out: float = 0.0,
+                 genes: int = 0) -> Task:
     """B tasks of N = `cells` and K = `context` (Algorithm 1; B.4). The query is drawn uniformly from the conditions of
     `split`, the context experiments from the known conditions of its system, and all cells afresh.
 
@@ -151,6 +152,8 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
     `permute`: each task has its genes in an order of its own, in all that it holds. [D52] paper, released code: no;
     here: a setting of train.py, because in a prior an index means nothing.
     `no_knock_out`: share of tasks whose query is none, all zeros, and whose target is control cells.
+    `genes`: if not 0, each task has only so many, drawn at random, the query's among them. An experiment whose gene is
+    left out has a treatment of zeros.
     Raises BadInput as `queries` does.
     """
     found = queries(screen, context, split)
@@ -162,11 +165,15 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
         chosen = np.concatenate([[CONTROL, t], experiments(task_rng, screen, s, t, context)])
         rows.append([screen.start[s, i] + draw(task_rng, int(screen.count[s, i]), cells) for i in chosen])
         treatments.append(screen.treatments[s, chosen])
-        if permute:  # after everything else, so that the draws are the same without it
-            orders.append(task_rng.permutation(len(screen.genes)))
+        if permute or genes:  # after everything else, so that the draws are the same without it
+            order = task_rng.permutation(len(screen.genes))
+            if genes:
+                untreated = screen.treatments[s, t, order] == 0
+                order = order[np.argsort(untreated, kind="stable")][:genes]
+            orders.append(order)
     drawn = screen.cells[np.array(rows)]  # B 2+K N D
     treatments = np.array(treatments)  # B 2+K D
-    if permute:
+    if orders:
         orders = np.array(orders)[:, None]  # B 1 D
         drawn = np.take_along_axis(drawn, orders[:, None], axis=-1)
         treatments = np.take_along_axis(treatments, orders, axis=-1)

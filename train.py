@@ -68,6 +68,7 @@ class Settings(Architecture):
     target_cells: int = 0  # that the flow is learnt from, where a network needs many cells given; 0: N
     mean_loss: float = 0.0  # weight of the mean's error over all N cells, where a network has a mean (exchangeable.py)
     no_knock_out: float = 0.0  # share of tasks whose query is none: counterfactual cells start from that (sample.py)
+    any_size: bool = False  # other K (up to --context) and D in each update, for a network that takes any: `sizes`
     permute_genes: bool = False  # each task's genes in an order of its own; for priors, whose genes have no names [D52]
     # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
     updates: int = 50_000  # optimiser steps: 400k micro-batches (A.2)
@@ -238,6 +239,17 @@ def averaged(s: Settings, state: State) -> PyTree:
 # ---------------------------------------------------------------------------------------------------- tasks of a run
 
 
+def sizes(s: Settings, genes: int, update: int) -> tuple[int, int]:
+    """K and D of an update. With `any_size`, K is 1, 2, 4, ... or --context, and D all genes or half: few shapes, since
+    each is compiled."""
+    if not s.any_size:
+        return s.context, genes
+    rng, context = scales.generator("updates", s.seed, update), [s.context]
+    while context[0] > 1:
+        context.insert(0, 2 ** ((context[0] - 1).bit_length() - 1))  # the next smaller power of two
+    return int(rng.choice(context)), int(rng.choice([genes, max(1, genes // 2)]))
+
+
 def update_tasks(s: Settings, screen: Screen, update: int, share: range | None = None) -> Task:
     """The tasks [A, B, ...] of an update, or of those B of each micro-batch that are in `share`: the same whenever, by
     whichever process and however often they are asked for, since each has a generator of its own."""
@@ -245,8 +257,9 @@ def update_tasks(s: Settings, screen: Screen, update: int, share: range | None =
     generators = []
     for i in range(s.accumulate):
         generators += [scales.generator("tasks", s.seed, update, i * s.micro_batch + j) for j in share]
-    batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, s.context, permute=s.permute_genes,
-                               no_knock_out=s.no_knock_out)
+    context, genes = sizes(s, len(screen.genes), update)
+    batch = tasks.sample_tasks(generators, screen, len(generators), s.cells, context, permute=s.permute_genes,
+                               no_knock_out=s.no_knock_out, genes=genes if s.any_size else 0)
     return jax.tree.map(lambda x: x.reshape(s.accumulate, len(share), *x.shape[1:]), batch)
 
 
@@ -394,6 +407,8 @@ def check(s: Settings) -> None:
         raise BadInput(f"--target-cells {s.target_cells}: expected at most --cells, {s.cells}")
     if s.context > SLOTS:
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
+    if s.any_size and not getattr(model.outline(model.architecture(s), 2), "ANY_GENES", False):
+        raise BadInput(f"--any-size: {s.network} has weights of its own for each gene; use exchangeable.Exchangeable")
     if s.micro_batch % jax.device_count():
         raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "
                        f"{jax.device_count()}")

@@ -107,6 +107,23 @@ def test_tasks_without_a_knock_out():
     assert (conditions_of(screen, given.context) // 7 == conditions_of(screen, given.controls)[:, None] // 7).all()
 
 
+def test_tasks_of_fewer_genes():
+    """Each is a task of all genes with some left out, at random and never the query; an experiment on a gene that is
+    left out has no treatment, and its cells are there all the same."""
+    screen = make_screen()
+    screen = dataclasses.replace(screen, cells=screen.cells + np.arange(6, dtype=np.float32) / 10)
+    whole, fewer = (sample_tasks([rng(i) for i in range(300)], screen, 300, 5, 2, genes=genes) for genes in (0, 3))
+    left_out, seen = 0, set()
+    for i in range(300):
+        kept = np.round((fewer.target[i, 0] - whole.target[i, 0, 0]) * 10).astype(int)
+        seen.add(frozenset(kept.tolist()))
+        for before, after in zip((*whole.given, whole.target), (*fewer.given, fewer.target)):
+            np.testing.assert_array_equal(before[i][..., kept], after[i])
+        assert len(set(kept.tolist())) == 3 and fewer.given.query[i].sum() == 1
+        left_out += int((fewer.given.context_treatments[i].sum(axis=-1) == 0).sum())
+    assert len(seen) == 20 and 0.5 < left_out / 600 < 0.7  # 3 of the 5 genes besides the query are left out
+
+
 @pytest.mark.parametrize("split, most", [(TRAIN, 2), (TEST, 3), (VALIDATION, 3)])
 def test_too_many_context_experiments(split, most):
     """A K that some query cannot have is refused, naming system and number; the largest possible K is not, nor 0."""

@@ -282,6 +282,19 @@ def test_genes_are_permuted_in_training_only(like, trained):
     np.testing.assert_array_equal(*same)
 
 
+def test_a_network_of_any_size_meets_every_size(like, trained):
+    """Each update has one K and one D, the same whenever it is asked for; all K up to the largest, by powers of two, and
+    all genes or half, come up."""
+    s, found = like(any_size=True, context=3), set()
+    for update in range(60):
+        batch = train.update_tasks(s, trained.screen, update)
+        context, genes = batch.given.context_treatments.shape[-2:]
+        assert batch.target.shape[-1] == genes and train.sizes(s, 5, update) == (context, genes)
+        found.add((context, genes))
+    assert found == {(context, genes) for context in (1, 2, 3) for genes in (5, 2)}
+    assert train.sizes(like(any_size=True, context=0), 5, 0)[0] == 0 and train.sizes(s, 1, 0)[1] == 1
+
+
 def test_held_out_graphs_are_not_trained_on(like, trained):
     """All that training is given are TRAIN conditions; queries of validation VALIDATION ones, of graphs that are not
     trained on at all (do-values, drawn for each graph, tell). Without such conditions there is no validation loss."""
@@ -418,7 +431,7 @@ def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
 @pytest.mark.parametrize("changed", [
     {"micro_batch": 3}, {"micro_batch": 0}, {"context": 11}, {"context": -1}, {"updates": 0}, {"ema": 1.0},
     {"learning_rate": -1.0}, {"accumulate": 0}, {"cells": 0}, {"clip": 0.0}, {"drop_condition": 7.0}, {"seed": -1},
-    {"target_cells": 7}, {"no_knock_out": 1.5},
+    {"target_cells": 7}, {"no_knock_out": 1.5}, {"any_size": True},
     {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"},
     {"learning_rate": np.nan}, {"seed": 1000}])
 def test_unusable_settings_are_refused(like, changed):
