@@ -188,7 +188,8 @@ def find_system(obs, settings: Settings) -> str:
 
 def label_cells(cells, settings: Settings):
     """The cells with counts in X, 'system' and 'treatment' ('' where unknown) in obs, and genes named by symbol; and
-    the control label. Raises BadInput for columns, labels, gene names and values that cannot be used."""
+    the control label. What the file has of the cells stays in obsm['file'], its names of the genes in var['file'], and
+    uns says where labels were. Raises BadInput for columns, labels, gene names and values that cannot be used."""
     import pandas as pd
     where = "X"
     if not settings.log_transformed:
@@ -199,9 +200,12 @@ def label_cells(cells, settings: Settings):
     unique = sorted(set(words[column]))
     place, names = labels.gene_names(cells, unique)  # Ensembl identifiers, perhaps, and symbols elsewhere
     read = labels.read_labels(unique, names, control, controls)
+    original = cells.obs
     cells.obs = pd.DataFrame({"system": "all", "treatment": words[column].map(read)})
     if system != "none":
         cells.obs["system"] = words[system]
+    cells.obsm, cells.uns = {"file": original}, {"treatment_col": column}
+    cells.var["file"] = cells.var_names.to_numpy(str)
     cells.var_names = names
     twice = sorted(set(cells.var_names[cells.var_names.duplicated()]))
     if twice:
@@ -471,20 +475,17 @@ def load(settings: Settings):
 
 def check(settings: Settings) -> None:
     """Raise BadInput for settings that cannot be meant."""
-    scales.check_least(settings, {"genes": 2, "min_cells": 2, "splits": 1, "seed": 0, "toy_treatments": 0})
     if settings.dataset is None and settings.h5ad is None or settings.dataset == "toy" and settings.h5ad is not None:
         raise BadInput("say which data: either --dataset toy, melanoma or leukemia, or --h5ad FILE")
     if settings.h5ad is not None and not settings.h5ad.is_file():
         raise BadInput(f"--h5ad {settings.h5ad}: no such file")
-    if settings.name is not None:
-        scales.check_name(settings.name)
 
 
 def describe(settings: Settings, name: str) -> dict:
     """What every split of the screen says of how it was made, except what is different for each."""
     source = settings.dataset
     if settings.h5ad is not None:
-        source = f"{settings.h5ad.name}, {settings.h5ad.stat().st_size} bytes"
+        source = f"{settings.h5ad.name}, checksum {scales.checksum(settings.h5ad)}"
     given = {"source": source}
     for field in ("treatment_col", "control", "system_col", "holdout_system", "log_transformed", "genes", "min_cells"):
         given[field] = getattr(settings, field)
@@ -501,10 +502,15 @@ def describe(settings: Settings, name: str) -> dict:
     return made
 
 
+def name_of(settings: Settings) -> str:
+    """Folder of the screen."""
+    return settings.name or settings.dataset or (settings.h5ad or Path("no file")).stem
+
+
 def prepare(settings: Settings) -> list[Path]:
     """Write the splits that are not there yet; returns the folders of all. Raises BadInput, as early as it can."""
     check(settings)
-    name = settings.name or settings.dataset or settings.h5ad.stem
+    name = name_of(settings)
     folder = settings.out / settings.scale / "screens" / name
     made = describe(settings, name)
     for path in sorted(folder.glob("split-*")):  # whether asked for or not: a screen is made one way
@@ -533,7 +539,8 @@ def main() -> None:
     """Prepare whatever the command line names."""
     settings = scales.parse(Settings, lambda _: ("real",))
     print(f"{settings}\nrevision {scales.revision()}", flush=True)
-    prepare(settings)
+    with scales.alone(settings.out / settings.scale / "screens" / name_of(settings)):
+        prepare(settings)
 
 
 if __name__ == "__main__":

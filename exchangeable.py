@@ -191,7 +191,7 @@ class Exchangeable(eqx.Module):
     cell_blocks: tuple[CellBlock, ...]
     velocity_out: eqx.nn.Linear
     a: Architecture = eqx.field(static=True)
-    ANY_GENES = True  # predict.py asks
+    ANY_GENES = True  # model.takes_any_genes
 
     def __init__(self, a: Architecture, genes: int, *, key: PRNGKeyArray):
         """`genes` changes nothing. Raises BadInput if the sizes do not fit together."""

@@ -28,6 +28,7 @@ Another network is a class in a file of its own, named `--network file.Class`, w
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import zlib
@@ -329,6 +330,11 @@ def architecture(s: Architecture) -> Architecture:
     return Architecture(**{field.name: getattr(s, field.name) for field in dataclasses.fields(Architecture)})
 
 
+def takes_any_genes(network: eqx.Module) -> bool:
+    """Does it have no weights that belong to a gene?"""
+    return getattr(network, "ANY_GENES", False)
+
+
 def count_parameters(network: PyTree) -> int:
     """Number of trainable scalars; 25.9M at the paper's settings and 50 genes. Shapes alone will do."""
     total = 0
@@ -339,10 +345,14 @@ def count_parameters(network: PyTree) -> int:
 
 
 def write_leaves(path: Path, head: dict, tree: PyTree) -> None:
-    """One line of JSON, then the arrays (Equinox's format), whole or not at all."""
+    """One line of JSON, with a checksum of all else, then the arrays (Equinox's format), whole or not at all."""
+    arrays = io.BytesIO()
+    eqx.tree_serialise_leaves(arrays, tree)
+    line = json.dumps(head, default=str)
+    checked = zlib.crc32(arrays.getvalue(), zlib.crc32(line.encode()))
     with scales.atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write((json.dumps(head, default=str) + "\n").encode())
-        eqx.tree_serialise_leaves(file, tree)
+        file.write((json.dumps(json.loads(line) | {"checksum": checked}) + "\n").encode())
+        file.write(arrays.getvalue())
 
 
 def read_leaves(path: Path, like) -> tuple[dict, PyTree]:
@@ -355,7 +365,10 @@ def read_leaves(path: Path, like) -> tuple[dict, PyTree]:
     with open(path, "rb") as file:
         try:
             head = json.loads(file.readline())
-            return head, eqx.tree_deserialise_leaves(file, like(head))
+            written, arrays = head.pop("checksum"), file.read()
+            if zlib.crc32(arrays, zlib.crc32(json.dumps(head).encode())) != written:
+                raise ValueError("some of it has changed since it was written")
+            return head, eqx.tree_deserialise_leaves(io.BytesIO(arrays), like(head))
         except BadInput:  # raised by `like`, about the settings; it is a ValueError too
             raise
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -383,11 +396,6 @@ def model_file(s, run: str, screen: str, split: int) -> Path:
     if not own.is_file():
         raise BadInput(f"{own}: no such model; train.py --screen {screen} --name {run} makes it")
     return own
-
-
-def checksum(path: Path) -> int:
-    """Tells one model file from another that was trained anew in its place."""
-    return zlib.crc32(path.read_bytes())
 
 
 def load_model(path: Path) -> tuple[dict, eqx.Module]:

@@ -22,6 +22,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -58,7 +59,7 @@ class Settings:
     system_col: str | None = None
     log_transformed: bool = False
     min_cells: int = 30  # fewest cells of a knock-out that is used
-    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most; 0: all
+    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most, or all if there are fewer
     cells: int = 200  # control cells of a draw, each of which gives a predicted one
     draws: int = 5  # with other control cells and other experiments
     seed: int = 0
@@ -93,10 +94,26 @@ def load_checkpoint(path: Path) -> tuple[dict, object]:
     if not path.is_file():
         raise BadInput(f"--checkpoint {path}: no such file; train.py writes model.eqx")
     head, network = model.load_model(path)
-    if not head.get("no_knock_out") or not getattr(network, "ANY_GENES", False):
+    if not head.get("no_knock_out") or not model.takes_any_genes(network):
         raise BadInput(f"--checkpoint {path}: a network that is bound to {head['genes']} genes in their order, or was "
                        "trained without --no-knock-out; train one with --network exchangeable.Exchangeable")
     return head, network
+
+
+def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
+              experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str, genes: list[str], context: int,
+              cells: int) -> tuple[Given, Int[np.ndarray, "N"]]:
+    """A draw: N = `cells` control cells, and K = `context` experiments, or all but that of the query if there are fewer;
+    and which control cells they are. Raises BadInput without experiments."""
+    names = [name for name in experiments if name != query]
+    if not names:
+        raise BadInput(f"no knock-out besides {query}: there is no context to learn from")
+    chosen = [names[i] for i in rng.permutation(len(names))[:context].tolist()]
+    rows = tasks.draw(rng, len(control), cells)
+    drawn = [experiments[name][tasks.draw(rng, len(experiments[name]), cells)] for name in chosen]
+    treatments = np.array([[gene == name for gene in genes] for name in (query, *chosen)])
+    given = Given(*map(np.float32, (control[rows], np.stack(drawn), treatments[1:], treatments[0])))
+    return given, rows
 
 
 def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str,
@@ -109,17 +126,9 @@ def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[n
     if query not in genes:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
-    experiments = {name: pool for name, pool in experiments.items() if name != query}
-    if not experiments:
-        raise BadInput("no experiments besides the query: there is no context to learn from")
     rng = scales.generator("sampling", seed)
-    pools = [np.asarray(control), *(np.asarray(pool) for pool in experiments.values())]
-    one_hot = np.array([[gene == name for gene in genes] for name in experiments], np.float32)
-    chosen = rng.permutation(len(experiments))[: head["context"]]
-    drawn = np.stack([pools[i][tasks.draw(rng, len(pools[i]), cells)] for i in (0, *(1 + chosen).tolist())])
-    given = Given(*map(np.float32, (drawn[0], drawn[1:], one_hot[chosen], np.array(genes) == query)))
-    found = counterfactuals(network, given, head["genes"], key=scales.key("sampling", seed))
-    return given.controls, found
+    given, _ = draw_task(rng, control, experiments, query, genes, head["context"], cells)
+    return given.controls, counterfactuals(network, given, head["genes"], key=scales.key("sampling", seed))
 
 
 # ------------------------------------------------------------------------------------------------- a screen in a file
@@ -150,11 +159,11 @@ def read(s: Settings):
     perturbed = set(cells.obs["treatment"]) - {control}
     first = [*dict.fromkeys(queries), *(gene for gene in strength.index if gene in perturbed and gene not in queries)]
     order = [*first, *(gene for gene in strength.index if gene not in first)]
-    kept = set(order[: s.genes or len(order)]) | set(queries)
+    kept = set(order[: s.genes]) | set(queries)
     cells = cells[:, [gene for gene in cells.var_names if gene in kept]].copy()  # in the order of the file
     shown = cells.obs["treatment"].isin([control, *cells.var_names])
     cells.obs.loc[~shown, "use"] = KNOWN_ONLY  # experiments, which cannot be asked for
-    cells.uns = {"normalisation": note, "system": system}
+    cells.uns |= {"normalisation": note, "system": system, "control": control}
     names = sorted(perturbed)
     print(f"system '{system}': {(cells.obs['treatment'] == control).sum():,} control cells, {len(names)} knock-outs, "
           f"{len(perturbed & set(cells.var_names))} of them of the {cells.n_vars} genes that are predicted: "
@@ -162,22 +171,10 @@ def read(s: Settings):
     return cells, control, queries
 
 
-def screen_of(cells, control: str) -> Screen:
-    """The same in memory as the other stages read it from files; everything is known."""
-    return data.as_screen(cells.copy(), {"control": control, "title": "own screen", "section": "real"})
-
-
-def task(screen: Screen, treatment: Float[np.ndarray, "G"], avoid: str, context: int, cells: int,
-         rng: np.random.Generator) -> Given:
-    """A draw: control cells, and K known experiments but for `avoid`."""
-    known = [t for t in np.flatnonzero(np.isin(screen.split[0], tasks.KNOWN)).tolist()
-             if t != CONTROL and screen.treatment_names[t] != avoid]
-    if not known:
-        raise BadInput(f"no knock-out besides {avoid}: there is no context to learn from")
-    chosen = rng.permutation(known)[:context].tolist()
-    pools = [screen.pool(0, t) for t in (CONTROL, *chosen)]
-    drawn = np.stack([pool[tasks.draw(rng, len(pool), cells)] for pool in pools])
-    return Given(drawn[0], drawn[1:], screen.treatments[0, chosen], treatment)
+def pools(screen: Screen) -> dict[str, Float[np.ndarray, "_ G"]]:
+    """Cells of each knock-out that is known in the one system of a screen."""
+    known = np.flatnonzero(np.isin(screen.split[0], tasks.KNOWN))
+    return {screen.treatment_names[t]: screen.pool(0, t) for t in known.tolist() if t != CONTROL}
 
 
 def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
@@ -190,7 +187,8 @@ def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
     for number, fold in enumerate(tqdm(folds, unit=" knock-outs")):
         e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
         rng = scales.generator("evaluation", s.seed, number)
-        given = task(fold, e.given.query[0], "", head["context"], s.cells, rng)
+        name = fold.treatment_names[int(e.treatment[0])]
+        given, _ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), head["context"], s.cells)
         given = given._replace(controls=e.given.controls[0])
         cells = counterfactuals(network, given, head["genes"], key=scales.key("sampling", s.seed, number))
         found.setdefault("prediction", []).append(metrics.Predictions(
@@ -222,14 +220,26 @@ def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
 # -------------------------------------------------------------------------------------------------------- what is made
 
 
-def table_of(query: str, genes: list[str], draws: list[tuple]) -> list[dict]:
+class Draw(NamedTuple):
+    """Control cells, and what becomes of each."""
+    rows: Int[np.ndarray, "N"]  # of all control cells
+    before: Float[np.ndarray, "N G"]
+    after: Float[np.ndarray, "N G"]
+
+
+def together(draws: list[Draw]) -> tuple[Float[np.ndarray, "n G"], Float[np.ndarray, "n G"]]:
+    """Cells of all draws, before and after."""
+    return np.concatenate([draw.before for draw in draws]), np.concatenate([draw.after for draw in draws])
+
+
+def table_of(query: str, genes: list[str], draws: list[Draw]) -> list[dict]:
     """Genes by how strongly they answer: log2 fold change and adjusted p of all draws together, and the share of draws
     in which a gene is called by itself."""
-    controls, predicted = (np.concatenate(cells)[None] for cells in zip(*draws))
-    adjusted, change = (found[0] for found in metrics.differential_expression(controls, predicted))
+    controls, predicted = together(draws)
+    adjusted, change = (found[0] for found in metrics.differential_expression(controls[None], predicted[None]))
     calls = []
-    for before, after in draws:
-        p, l = (found[0] for found in metrics.differential_expression(before[None], after[None]))
+    for draw in draws:
+        p, l = (found[0] for found in metrics.differential_expression(draw.before[None], draw.after[None]))
         calls.append((p < metrics.P_VALUE) & (np.abs(l) > metrics.FOLD_CHANGE))
     share = np.mean(calls, axis=0)
     rows = []
@@ -239,13 +249,13 @@ def table_of(query: str, genes: list[str], draws: list[tuple]) -> list[dict]:
     return rows
 
 
-def figure(path: Path, found: dict[str, list[tuple]], screen: Screen) -> None:
+def figure(path: Path, found: dict[str, list[Draw]], screen: Screen) -> None:
     """Per query: predicted against control means, and a map of control, measured and predicted cells."""
     import drawing
 
     panels = []
     for query, draws in found.items():
-        controls, predicted = (np.concatenate(cells) for cells in zip(*draws))
+        controls, predicted = together(draws)
         before, after = controls.mean(axis=0).tolist(), predicted.mean(axis=0).tolist()
         panels.append(drawing.Panel(f"do({query}): means", "control", "predicted", before,
                                     {"equal": [before], "genes": [after]}))
@@ -259,14 +269,36 @@ def figure(path: Path, found: dict[str, list[tuple]], screen: Screen) -> None:
     drawing.draw({"title": "Predicted knock-outs", "data": content}, "paper", path)
 
 
-def main() -> None:
-    """Inspect, evaluate or predict."""
+def annotated(found: dict[str, list[Draw]], controls, made: dict):
+    """All as an AnnData: control cells of the file that were drawn, then predicted ones, with the columns that the file
+    has for the control cell that they were; genes by the file's names and in its order. `controls`: AnnData."""
     import anndata
     import pandas as pd
-    import tyro
 
-    s = tyro.cli(Settings)
-    scales.check_least(s, {"min_cells": 2, "genes": 0, "cells": 10, "draws": 1, "seed": 0})
+    column, original = controls.uns["treatment_col"], controls.obsm["file"].astype({controls.uns["treatment_col"]: str})
+    drawn = np.unique(np.concatenate([draw.rows for draws in found.values() for draw in draws]))
+    blocks, tables = [controls[drawn].to_df().to_numpy()], [original.iloc[drawn].assign(predicted=False)]
+    tables[0][column] = controls.uns["control"]
+    for query, draws in found.items():
+        for number, draw in enumerate(draws):
+            table = original.iloc[draw.rows].assign(predicted=True, control_cell=controls.obs_names[draw.rows])
+            table[column] = query
+            table.index = [f"{cell}-{query}-{number}" for cell in table.index]
+            blocks.append(draw.after)
+            tables.append(table)
+    obs = pd.concat(tables)
+    obs["control_cell"] = obs["control_cell"].fillna("")
+    obs[column] = obs[column].astype("category")
+    var = controls.var.set_index("file")
+    var.index.name = None
+    return anndata.AnnData(np.concatenate(blocks).astype(np.float32), obs, var, uns={"prediction": made})
+
+
+def main() -> None:
+    """Inspect, evaluate or predict."""
+    import pandas as pd
+
+    s = scales.parse(Settings, lambda s: ())
     if not (s.query or s.validate or s.evaluate):
         raise BadInput("say what is wanted: --query GENE ..., --evaluate, or --validate")
     table, picture = s.out.with_name(f"{s.out.stem}-genes.csv"), s.out.with_name(f"{s.out.stem}-cells.png")
@@ -275,38 +307,30 @@ def main() -> None:
             raise BadInput(f"{path}: is there already; move it away, or give another --out")
     head, network = (None, None) if s.validate else load_checkpoint(s.checkpoint)
     cells, control, queries = read(s)
-    screen = screen_of(cells, control)
+    screen = data.as_screen(cells, {"control": control, "title": "own screen", "section": "real"})
     if s.validate:
         print("this can be predicted from" + f": {', '.join(queries)}" * bool(queries))
         return
     if s.evaluate:
         evaluate(s, screen, head, network)
-    found: dict[str, list[tuple]] = {}
-    if queries:
-        print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
-    for number, query in enumerate(tqdm(queries, unit=" knock-outs", disable=not queries)):
-        one_hot = (cells.var_names == query).astype(np.float32)
-        for draw in range(s.draws):
-            rng = scales.generator("sampling", s.seed, number, draw)
-            given = task(screen, one_hot, query, head["context"], s.cells, rng)
-            key = scales.key("sampling", s.seed, number, draw)
-            made = counterfactuals(network, given, head["genes"], key=key)
-            found.setdefault(query, []).append((given.controls, made))
     if not queries:
         return
-    rows, blocks, obs = [], [], []
+    print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
+    controls, found = cells[(cells.obs["treatment"] == control).to_numpy()].copy(), {}
+    for number, query in enumerate(tqdm(queries, unit=" knock-outs")):
+        for i in range(s.draws):
+            rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
+            given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes),
+                                    head["context"], s.cells)
+            after = counterfactuals(network, given, head["genes"], key=key)
+            found.setdefault(query, []).append(Draw(rows, given.controls, after))
+    rows = []
     for query, draws in found.items():
         rows += table_of(query, list(cells.var_names), draws)
-        for name, block in ((control, 0), (query, 1)):
-            if name == control and blocks:
-                continue  # control cells once
-            blocks.append(np.concatenate([pair[block] for pair in draws]))
-            obs += [{"perturbation": name, "predicted": name != control}] * len(blocks[-1])
-    made = {"checkpoint": str(s.checkpoint), "weights": model.checksum(s.checkpoint), "revision": scales.revision(),
-            "settings": json.dumps(dataclasses.asdict(s), default=str), **cells.uns}
-    result = anndata.AnnData(np.concatenate(blocks).astype(np.float32),
-                             pd.DataFrame(obs, index=[f"cell{i}" for i in range(len(obs))]), cells.var.copy(),
-                             uns={"prediction": made})
+    made = {"checkpoint": str(s.checkpoint), "weights": scales.checksum(s.checkpoint), "revision": scales.revision(),
+            "normalisation": cells.uns["normalisation"], "system": cells.uns["system"],
+            "settings": json.dumps(dataclasses.asdict(s), default=str)}
+    result = annotated(found, controls, made)
     with scales.atomic(table) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     figure(picture, found, screen)

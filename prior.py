@@ -549,9 +549,6 @@ def content(s: Settings) -> dict:
 
 def check(s: Settings) -> None:
     """Raise BadInput for a value that cannot be used."""
-    scales.check_least(s, {"genes": 3, "systems": 1, "validation": 0, "test": 0, "population": 1, "test_population": 1,
-                           "seed": 0, "workers": 1, "num_shards": 1})
-    scales.check_name(s.name)
     if not -1 <= s.shard < s.num_shards:
         raise BadInput(f"--shard {s.shard}: expected 0 to {s.num_shards - 1}, or -1 for all")
     if s.what == "linear" and s.shard >= 0:
@@ -572,12 +569,11 @@ def main() -> None:
         shutil.rmtree(grn_path(s, 0).parent, ignore_errors=True)  # a run may have been killed just before it did so
         print(f"{folder}: finished, skipped")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)  # an OSError now, not after the work, if there is no place
-    print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}", flush=True)
-    if s.what == "linear":
-        make_linear(s, folder)
-    else:
-        make_grn(s, folder)
+    share = folder if s.shard < 0 else folder.with_name(f"shard-{s.shard}")
+    with scales.alone(share):  # an OSError now, not after the work, if there is no place
+        print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}", flush=True)
+        make = make_linear if s.what == "linear" else make_grn
+        make(s, folder)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ at() { "$PY" -c "import scales; print(scales.at('$SCALE', '$1').get('$2', $3))";
 stage "prior: linear SCMs" prior.py linear "${TO[@]}"
 stage "prior: GRNs" prior.py grn "${TO[@]}"
 stage "prior: unpaired GRNs" prior.py grn --unpaired "${TO[@]}"
+stage "prior: panel" prior.py panel "${TO[@]}"
 
 SCREENS=() GENES=$(at real genes 50) MIN_CELLS=$(at real min_cells 200)
 prepare() {  # prepare NAME ARGUMENTS...: a screen, and one with twice the genes for test-time augmentation (Figure 3)
@@ -131,10 +132,14 @@ for seed in $(seeds grn); do
     train.py --screen grn-unpaired --seed "$seed" --name "grn-unpaired-seed$seed" "${TO[@]}"
   stage "train: GRNs, without context (Table 4), seed $seed" \
     train.py --screen grn --context 0 --snapshots 0 --seed "$seed" --name "grn-no-context-seed$seed" "${TO[@]}"
+  # Beside the paper's, what we recommend for screens (beyond.sh): another network and prior, and counterfactual cells.
+  stage "train: panel, recommended, seed $seed" train.py --screen panel --network exchangeable.Exchangeable \
+    --snapshots 0 --seed "$seed" --name "panel-seed$seed" "${TO[@]}"
 done
 for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do
-  MODELS=()
+  MODELS=() RECOMMENDED=()
   for seed in $(seeds grn); do
+    RECOMMENDED+=("recommended-seed$seed=panel-seed$seed")
     CHOICE=() CHOICE_TUNED=()  # rate, length and guidance are chosen once, for the first seed
     if [ "$seed" != 0 ]; then
       CHOICE=(--choice "$screen-scratch-seed0") CHOICE_TUNED=(--choice "$screen-finetuned-seed0")
@@ -148,6 +153,8 @@ for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do
       "mappfn-no-context-seed$seed=grn-no-context-seed$seed")
   done
   stage "sample: $screen" sample.py --screen "$screen" --model "${MODELS[@]}" --context-gain "${TO[@]}"
+  stage "sample: $screen, recommended" sample.py --screen "$screen" --model "${RECOMMENDED[@]}" --counterfactual \
+    --guidance 1 --context-gain "${TO[@]}"
   stage "baselines: $screen" -m baselines --screen "$screen" --seeds $(seeds grn | wc -l) "${TO[@]}"
 done
 stage "metrics" metrics.py "$ROOT/samples"

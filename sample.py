@@ -187,7 +187,7 @@ def guidance_of(s, file: Path) -> float:
     head, network = model.load_model(file)
     if head["guidance"] is not None:
         return head["guidance"]
-    record, weights = file.with_name("guidance.json"), model.checksum(file)
+    record, weights = file.with_name("guidance.json"), scales.checksum(file)
     if record.is_file():
         try:
             found = json.loads(record.read_text())
@@ -316,12 +316,12 @@ def jobs(s: Settings) -> list[Job]:
         for folder in tasks.splits(s):
             split, screen = tasks.split_number(folder), tasks.load_screen(folder)
             file = model.model_file(s, run, s.screen, split)
-            head = model.load_model(file)[0]
+            head, network = model.load_model(file)
             genes = head["genes"]
             if s.counterfactual and not head.get("no_knock_out"):
                 raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
-            if genes != len(screen.genes):
+            if genes != len(screen.genes) and not model.takes_any_genes(network):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):
                 found.append(Job(row, "", run, file, screen, split, draw))
@@ -370,7 +370,6 @@ def main() -> None:
     """Predict every test condition with the named runs of train.py, skipping the files that are finished."""
     s = scales.parse(Settings, lambda s: (tasks.section_of(s), "evaluate"))
     train.use_all_cores(2)  # tasks are solved two at a time
-    scales.check_least(s, {"steps": 1, "eval_cells": 1, "draws": 1, "seed": 0})
     todo = jobs(s)
     apart = "out", "model", "draws", "context_gain"  # say which files are written, and not what is in them
     kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in apart}
@@ -378,7 +377,7 @@ def main() -> None:
           f"{jax.devices()[0].device_kind}: {len(todo)} files", flush=True)
     for job in tqdm(todo, unit="file"):
         path = tasks.samples_file(s, job.row, job.split, job.draw)
-        settings = kept | {"weights": model.checksum(job.file), "data": job.screen.made["fingerprint"]}
+        settings = kept | {"weights": scales.checksum(job.file), "data": job.screen.made["fingerprint"]}
         if not metrics.finished(path, settings):
             metrics.save_predictions(path, predict(s, job, settings))
     print(f"predictions in {s.out / s.scale / 'samples' / s.screen}", flush=True)

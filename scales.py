@@ -10,11 +10,13 @@ through every stage. `python scales.py` prints the table.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -226,34 +228,71 @@ class BadInput(ValueError):
 
 
 def run(main) -> None:
-    """Call `main`; a BadInput, or an operating-system error such as a full disk, ends in one line and status 1."""
+    """Call `main`; a BadInput, an error of the operating system such as a full disk, or too little memory ends in one
+    line and status 1."""
     try:
         main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except MemoryError as error:
+        sys.exit(f"error: not enough memory: {error}; ask for less")
 
 
 def parse(settings_class, sections, argv: list[str] | None = None):
     """Command line -> frozen settings. `--scale` picks a column of TABLE, which other flags override.
 
     `sections` is a function of the settings, as far as the command line alone gives them, to the sections of TABLE
-    that fill in the rest. Raises BadInput for a scale that does not exist.
+    that fill in the rest. Raises BadInput for a scale that does not exist, for a number outside LIMITS, and for the
+    name of a folder that would lie elsewhere.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(settings_class, args=argv)
-    if given.scale not in (*SCALES, "dry"):
-        raise BadInput(f"--scale {given.scale}: expected one of {', '.join(SCALES)}, dry")
+    check_numbers(given)
+    for name in PLACES:
+        check_name(getattr(given, name, None) or "")
+    scale = getattr(given, "scale", "paper")
+    if scale not in (*SCALES, "dry"):
+        raise BadInput(f"--scale {scale}: expected one of {', '.join(SCALES)}, dry")
     fields = {field.name for field in dataclasses.fields(settings_class)}
-    changed = {name: value for name, value in at(given.scale, *sections(given)).items() if name in fields}
+    changed = {name: value for name, value in at(scale, *sections(given)).items() if name in fields}
     return tyro.cli(settings_class, default=dataclasses.replace(given, **changed), args=argv)
 
 
-def check_least(s, least: dict) -> None:
-    """Raise BadInput for the first setting that is smaller than it can be, before any work."""
-    for name, smallest in least.items():
-        value = getattr(s, name)
-        if not value >= smallest:  # not a number is refused too
-            raise BadInput(f"--{name.replace('_', '-')} {value}: expected at least {smallest}")
+# Of every number on every command line: the least and the most that can be meant. Of several numbers, each of them.
+LIMITS = {
+    "seed": (0, 10**6), "seeds": (1, 99), "updates": (1, 10**8), "splits": (1, 999), "draws": (1, 999),
+    # data and priors
+    "genes": (3, 10**6), "systems": (1, 10**6), "validation": (0, 10**5), "test": (0, 10**5), "population": (1, 10**6),
+    "test_population": (1, 10**6), "dropout": (0, 100), "min_cells": (2, 10**6), "toy_treatments": (0, 10**4),
+    "workers": (1, 4096), "num_shards": (1, 10**5), "shard": (-1, 10**5),
+    # networks and training
+    "width": (1, 10**5), "depth": (1, 1000), "heads": (1, 1000), "registers": (0, 10**4), "treatment_gain": (1e-6, 1e6),
+    "cells": (1, 10**5), "context": (0, 1000), "target_cells": (0, 10**5), "mean_loss": (0, 1e6),
+    "micro_batch": (1, 10**5), "accumulate": (1, 10**5), "learning_rate": (1e-12, 10), "rates": (1e-12, 10),
+    "warmup": (0, 1), "decay": (0, 1), "drop_condition": (0, 1), "no_knock_out": (0, 1), "ema": (0, 1 - 1e-9),
+    "b1": (0, 1 - 1e-9), "b2": (0, 1 - 1e-9), "weight_decay": (0, 10), "clip": (1e-12, 1e6),
+    "log_every": (1, 10**8), "validate_every": (1, 10**8), "checkpoint_seconds": (0, 1e9), "snapshots": (0, 10**5),
+    "processes": (1, 10**5), "process": (0, 10**5),
+    # sampling and figures
+    "guidance": (0, 100), "weights": (0, 100), "steps": (1, 10**5), "eval_cells": (1, 10**5), "screens": (1, 99),
+    "tasks": (1, 10**6), "contexts": (0, 1000), "multiples": (1e-3, 1e3), "most_cells": (1, 10**5),
+    "subsets": (1, 10**4), "tta_draws": (1, 999), "snapshot_tasks": (1, 10**5), "ode_steps": (1, 10**5),
+    "ode_reference": (1, 10**5), "ode_tasks": (1, 10**4), "grns": (1, 10**6),
+}
+
+
+PLACES = "screen", "name", "init", "choice"  # settings that are names of folders
+
+
+def check_numbers(s) -> None:
+    """Raise BadInput for the first number of the settings that is outside LIMITS, before any work."""
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                least, most = LIMITS[field.name]
+                if not least <= number <= most:  # not a number is refused too
+                    raise BadInput(f"--{field.name.replace('_', '-')} {number}: expected {least} to {most}")
 
 
 def check_name(name: str) -> None:
@@ -283,6 +322,30 @@ def atomic(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
+def checksum(path: str | Path) -> int:
+    """Tells one file from another that was made anew in its place."""
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            found = zlib.crc32(block, found)
+    return found
+
+
+@contextlib.contextmanager
+def alone(path: str | Path):
+    """While this lasts, a second process that wants to make the same file or folder ends in BadInput. A process that is
+    killed leaves nothing that has to be tidied up."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{path}: another process is making it; wait until it has ended, or give another --out "
+                           "or --name") from None
+        yield
+
+
 def check_made(path: str | Path, then: dict, now: dict) -> None:
     """Raise BadInput, naming what differs, unless what is at `path` was made with the settings `now`."""
     now = json.loads(json.dumps(now, default=str))  # as it would come back from a file
@@ -300,7 +363,8 @@ def revision() -> str:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        # without locks: a run that is killed just now must not leave one in the repository
+        done = subprocess.run(["git", "--no-optional-locks", *arguments], cwd=here, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

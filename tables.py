@@ -37,7 +37,7 @@ PAPER_TITLES = {"linear": "Table 2. Linear SCMs", "leukemia": "Table 3. Leukemia
 ROWS = {  # in the order of the tables
     "cpa": "CPA", "condot": "CondOT", "mfm": "MFM", "cellflow": "CellFlow", "state": "STATE",
     "mappfn": "MapPFN", "mappfn-random": "MapPFN (random init)", "mappfn-pretrained": "MapPFN (pre-trained)",
-    "mappfn-finetuned": "MapPFN (fine-tuned)",
+    "mappfn-finetuned": "MapPFN (fine-tuned)", "recommended": "Recommended (exchangeable.py, prior panel)",
     "mappfn-unpaired": "– paired prior", "mappfn-no-context": "– interventional context",
     "identity": "Identity", "observed": "Observed", "oracle": "Fresh oracle",
     "target-only": "Target only", "system-mean": "System mean effect", "additive": "Additive",

@@ -22,6 +22,7 @@ thing from here on. A screen is a folder:
 """
 
 import dataclasses
+import functools
 import json
 import zipfile
 import zlib
@@ -281,7 +282,7 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
     """Write a screen, whole or not at all. `blocks` are the cells, ordered by system and then by treatment, in as
     many pieces as is convenient: only one of them is in memory at a time. `known`: means, weights, scale."""
     names = {"genes": tuple(genes), "systems": tuple(systems), "treatment_names": tuple(treatment_names)}
-    fingerprint = zlib.crc32(np.ascontiguousarray(split, "<i8"))
+    found = zlib.crc32(np.ascontiguousarray(split, "<i8"))
     with scales.atomic(folder) as temporary:
         temporary.mkdir()
         with open(temporary / "cells.npy", "wb") as file:  # not a memory map: on a full disk that kills the process
@@ -289,13 +290,29 @@ def write_screen(folder: Path, blocks: Iterable[Float[np.ndarray, "_ D"]], count
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
                 block = np.ascontiguousarray(block, "<f4")
-                fingerprint = zlib.crc32(block, fingerprint)
+                found = zlib.crc32(block, found)
                 file.write(block)
         start = np.cumsum(count).reshape(count.shape) - count
         np.savez_compressed(temporary / "conditions.npz", start=start, count=count, split=split,
                             treatments=treatments.astype(np.float32), **known)
-        about = names | {"log_expression": log_expression, "made": made | {"fingerprint": fingerprint}}
-        (temporary / "screen.json").write_text(json.dumps(about, default=str))
+        about = names | {"log_expression": log_expression, "made": made | {"fingerprint": found},
+                         "conditions": scales.checksum(temporary / "conditions.npz")}
+        about = json.dumps(about, default=str)
+        (temporary / "screen.json").write_text(f"{about}\n{zlib.crc32(about.encode())}\n")
+
+
+def fingerprint(path: Path, split: bytes) -> int:
+    """Of the cells in a file, and of what they are used for."""
+    return fingerprint_then(path, path.stat().st_mtime_ns, split)
+
+
+@functools.cache
+def fingerprint_then(path: Path, changed: int, split: bytes) -> int:
+    """The same. A process asks for a screen many times; `changed`, the time of the last change, makes it look anew."""
+    found, cells = zlib.crc32(split), np.load(path, mmap_mode="r")
+    for first in range(0, len(cells), 2**16):  # not all of a large screen in memory at once
+        found = zlib.crc32(np.ascontiguousarray(cells[first : first + 2**16]), found)
+    return found
 
 
 def load_screen(folder: Path) -> Screen:
@@ -304,12 +321,19 @@ def load_screen(folder: Path) -> Screen:
         raise BadInput(f"{folder}: no such screen; prior.py and data.py write them")
     try:
         cells = np.load(folder / "cells.npy", mmap_mode="r")
-        about = json.loads((folder / "screen.json").read_text())
+        text, checked = (folder / "screen.json").read_text().splitlines()
+        if zlib.crc32(text.encode()) != int(checked):
+            raise ValueError("screen.json has changed since it was written")
+        about = json.loads(text)
+        if scales.checksum(folder / "conditions.npz") != about["conditions"]:
+            raise ValueError("conditions.npz has changed since it was written")
         names = {name: tuple(about[name]) for name in ("genes", "systems", "treatment_names")}
         with np.load(folder / "conditions.npz") as conditions:
             screen = Screen(cells, **conditions, **names, log_expression=about["log_expression"], made=about["made"])
         if len(cells) != screen.count.sum() or cells.shape[1] != len(screen.genes):
             raise ValueError("its files do not fit together")
+        if fingerprint(folder / "cells.npy", screen.split.tobytes()) != screen.made["fingerprint"]:
+            raise ValueError("cells.npy or the split has changed since it was written")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{folder}: not a complete screen ({error}); delete it and make it again") from None
     return screen

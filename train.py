@@ -21,6 +21,7 @@ Several GPUs or machines: CLUSTER.md.
     B tasks of a micro-batch   A micro-batches of an update   K context experiments   N cells   D genes
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -344,7 +345,7 @@ def header(s: Settings, folder: Path, screen: Screen) -> dict:
     decisive = {name: value for name, value in dataclasses.asdict(s).items() if name not in REPORTING}
     decisive |= {"genes": len(screen.genes), "fingerprint": screen.made["fingerprint"]}
     if s.init:
-        decisive["weights"] = model.checksum(model.model_file(s, s.init, s.screen, tasks.split_number(folder)))
+        decisive["weights"] = scales.checksum(model.model_file(s, s.init, s.screen, tasks.split_number(folder)))
     return decisive
 
 
@@ -385,7 +386,7 @@ def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
         name, wanted = field.name, getattr(s, field.name)
         if name not in model.SPEED | {"treatment_gain"} and head[name] != wanted:
             raise BadInput(f"{path}: a model with {name} {head[name]}, not {wanted}")
-    if head["genes"] != genes:
+    if head["genes"] != genes and not model.takes_any_genes(pretrained):
         raise BadInput(f"{path}: a model of {head['genes']} genes, but the data have {genes}; "
                        f"prepare them with --genes {head['genes']}")
     return jax.tree.leaves(eqx.filter(pretrained, eqx.is_inexact_array))
@@ -393,21 +394,13 @@ def initial_weights(s: Settings, folder: Path, genes: int) -> list[Array]:
 
 def check(s: Settings) -> None:
     """Raise BadInput for a setting that cannot be used, before any work."""
-    scales.check_least(s, {"updates": 1, "micro_batch": 1, "accumulate": 1, "cells": 1, "context": 0, "seed": 0,
-                           "target_cells": 0, "mean_loss": 0, "log_every": 1, "validate_every": 1, "snapshots": 0,
-                           "learning_rate": 1e-12, "clip": 1e-12})
     if s.seed >= SPLIT_SEEDS:
         raise BadInput(f"--seed {s.seed}: expected less than {SPLIT_SEEDS}")
-    for name in ("warmup", "decay", "drop_condition", "no_knock_out"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a share, from 0 to 1")
-    if not 0 <= s.ema < 1:
-        raise BadInput(f"--ema {s.ema}: expected at least 0 and less than 1")
     if s.target_cells > s.cells:
         raise BadInput(f"--target-cells {s.target_cells}: expected at most --cells, {s.cells}")
     if s.context > SLOTS:
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
-    if s.any_size and not getattr(model.outline(model.architecture(s), 2), "ANY_GENES", False):
+    if s.any_size and not model.takes_any_genes(model.outline(model.architecture(s), 2)):
         raise BadInput(f"--any-size: {s.network} has weights of its own for each gene; use exchangeable.Exchangeable")
     if s.micro_batch % jax.device_count():
         raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "
@@ -415,8 +408,6 @@ def check(s: Settings) -> None:
     if jax.local_device_count() * jax.process_count() != jax.device_count():
         raise BadInput(f"{jax.local_device_count()} devices of {jax.device_count()} here, with {jax.process_count()} "
                        "processes: all must have the same number")
-    scales.check_name(s.name)
-    scales.check_name(s.init)
 
 
 def train(s: Settings, folder: Path, screen: Screen, update_function: Callable | None = None,
@@ -499,6 +490,19 @@ def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
     return s, about
 
 
+def train_split(s: Settings, screen: Screen, folder: Path, compiled: dict) -> None:
+    """Train on one split, unless that is done."""
+    run, about = settled(s, folder, screen)
+    finished = folder / "model.eqx"
+    if finished.is_file():
+        check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
+        if jax.process_index() == 0:
+            print(f"{folder}: already trained")
+        return
+    size = run.updates, run.learning_rate, run.context
+    compiled[size] = train(run, folder, screen, compiled.get(size), about)
+
+
 def main() -> None:
     """Train on each split of the screen, skipping what is finished."""
     s = scales.parse(Settings, sections)
@@ -510,18 +514,11 @@ def main() -> None:
         raise BadInput("--rates: one process chooses; give several the --learning-rate and --updates that it chose")
     compiled = {}  # updates of runs that differ in nothing but their data
     for path in tasks.splits(s):
-        screen, split = tasks.load_screen(path), tasks.split_number(path)
+        split = tasks.split_number(path)
         run = dataclasses.replace(s, seed=s.seed + SPLIT_SEEDS * split)
         folder = model.run_folder(s, s.name or s.screen, split)
-        run, about = settled(run, folder, screen)
-        finished = folder / "model.eqx"
-        if finished.is_file():
-            check_same(finished, model.load_model(finished)[0], header(run, folder, screen))
-            if jax.process_index() == 0:
-                print(f"{folder}: already trained")
-            continue
-        size = run.updates, run.learning_rate, run.context
-        compiled[size] = train(run, folder, screen, compiled.get(size), about)
+        with scales.alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+            train_split(run, tasks.load_screen(path), folder, compiled)
 
 
 if __name__ == "__main__":

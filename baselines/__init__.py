@@ -261,7 +261,6 @@ def main() -> None:
     unknown = sorted(set(s.methods) - set(known))
     if unknown:
         raise BadInput(f"--methods {' '.join(unknown)}: expected some of {', '.join(known)}")
-    scales.check_least(s, {"eval_cells": 1, "draws": 1, "seeds": 1, "seed": 0})
     print(f"{s}\nrevision {scales.revision()}, numpy {np.__version__}", flush=True)
     if s.search:
         screen = tasks.load_screen(tasks.splits(s)[0])

@@ -14,6 +14,7 @@ import pytest
 
 import model
 import predict
+import scales
 from model import Architecture
 from scales import BadInput
 from tests.test_data import NAMES, make_cells
@@ -39,6 +40,7 @@ def run(tmp_path, checkpoint, monkeypatch, capsys):
     """predict.py on the file of `make_cells`; returns what it printed."""
     cells = make_cells(systems=("A",))
     cells.obs["perturbation"] = cells.obs["perturbation"].replace({"t5": "GFP"})
+    cells.obs["batch"] = np.arange(cells.n_obs) % 3
     cells.write_h5ad(tmp_path / "screen.h5ad")
 
     def call(*words):
@@ -62,9 +64,15 @@ def test_a_prediction(run, tmp_path):
     run("--query", "M2", "t5")
     found = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(found.var_names) == NAMES and (found.X >= 0).all()
-    assert found.obs["perturbation"].value_counts().to_dict() == {"control": 40, "m2": 40, "t5": 40}
-    assert (found.obs["predicted"] == (found.obs["perturbation"] != "control")).all()
-    assert found.uns["prediction"]["weights"] == model.checksum(tmp_path / "box.eqx")
+    before, after = found[~found.obs["predicted"]], found[found.obs["predicted"]]
+    assert after.obs["perturbation"].value_counts().to_dict() == {"m2": 40, "t5": 40}
+    assert set(before.obs["perturbation"]) == {"control"} and before.obs_names.is_unique and before.n_obs >= 20
+    original = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    assert list(found.obs.columns) == [*original.obs.columns, "predicted", "control_cell"]
+    assert set(before.obs_names) == set(after.obs["control_cell"])
+    here, there = after.obs["batch"], original.obs["batch"][after.obs["control_cell"]]
+    np.testing.assert_array_equal(here.to_numpy(), there.to_numpy())
+    assert found.uns["prediction"]["weights"] == scales.checksum(tmp_path / "box.eqx")
     table = pd.read_csv(tmp_path / "out-genes.csv")
     assert len(table) == 2 * len(NAMES) and table["share_of_draws_called"].between(0, 1).all()
     assert (tmp_path / "out-cells.png").stat().st_size > 1000
@@ -108,7 +116,7 @@ def test_on_arrays(checkpoint):
     np.testing.assert_array_equal(after, again[1])
     with pytest.raises(BadInput, match="e: not among"):
         predict.predict(control, experiments, "e", list("abcd"), checkpoint)
-    with pytest.raises(BadInput, match="no experiments besides"):
+    with pytest.raises(BadInput, match="no knock-out besides"):
         predict.predict(control, {"b": control}, "b", list("abcd"), checkpoint)
 
 

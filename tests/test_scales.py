@@ -137,17 +137,6 @@ def test_bad_input_is_one_line_and_status_1(error):
         scales.run(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("command", ["prior.py grn --systems 2 --validation 1 --test 1 --out",
-                                     "prior.py linear --systems 20 --out", "data.py --dataset toy --out"])
-def test_a_full_disk_leaves_nothing(tmp_path, command):
-    """No file can have more than 4 blocks: a last line says so, the status is 1, and nothing is left half-written."""
-    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable]
-    done = run(*limited, *command.split(), tmp_path, "--scale", "smoke")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
-    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".npz", ".npy")]
-
-
 def test_streams_do_not_meet():
     """Each use and each tuple of numbers has a stream of its own, the same every time; NumPy alone takes 1 for 1, 0."""
     names = [("tasks", 0), ("tasks", 0, 0), ("tasks", 1), ("validation", 0), ("prior", 0)]

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Twenty times: start `run_all.sh smoke`, and kill all of it after a random time. Then let it end, and compare its report
+# with that of an undisturbed run: every number has to be the same. A quarter of an hour on two CPU cores.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=$(mktemp -d)
+trap 'rm -rf "$OUT"' EXIT
+export JAX_COMPILATION_CACHE_DIR=$OUT/compiled
+RANDOM=1
+bash run_all.sh smoke --out "$OUT/undisturbed" > "$OUT/undisturbed.log" 2>&1 || { tail -n 20 "$OUT/undisturbed.log"; exit 1; }
+for number in $(seq 20); do
+  setsid bash run_all.sh smoke --out "$OUT/killed" > "$OUT/killed.log" 2>&1 &
+  sleep $((2 + RANDOM % 30))
+  kill -KILL -- -$! 2>/dev/null || true
+  wait $! 2>/dev/null || true
+  echo "killed $number: $(grep '^== ' "$OUT/killed.log" | tail -n 1)"
+done
+bash run_all.sh smoke --out "$OUT/killed" > "$OUT/killed.log" 2>&1 || { tail -n 20 "$OUT/killed.log"; exit 1; }
+"${PYTHON:-python3}" - "$OUT" <<'END'
+import json, sys
+from pathlib import Path
+
+one, other = (json.loads((Path(sys.argv[1]) / name / "smoke" / "report.json").read_text()) for name in ("undisturbed", "killed"))
+
+
+def plain(found):
+    """Without what is a time."""
+    if isinstance(found, dict):
+        return {name: plain(value) for name, value in found.items() if "seconds" not in name}
+    return [plain(value) for value in found] if isinstance(found, list) else found
+
+
+different = [name for name in one if plain(one[name]) != plain(other[name])]
+left = [str(path) for path in Path(sys.argv[1]).rglob(".[0-9]*.*")]
+print("different:", different or "nothing", "- half-written files:", left or "none")
+sys.exit(bool(different))
+END
