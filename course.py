@@ -4,8 +4,8 @@
     python course.py check          do the tests of each exercise pass here, and fail in the student's version? (CI)
     python course.py hunt FOLDER    which planted bugs does FOLDER/tests/test_hunt.py find, and is it right otherwise?
 
-A function below a comment "# Exercise N" is one of exercise N; a test with the mark `exerciseN` grades it. The student's
-version keeps these tests only: others would give the planted bugs away.
+A function below a comment "# Exercise N" is one of exercise N; a test with the mark `exerciseN` grades it. The
+student's version keeps these tests only: others would give the planted bugs away.
 """
 
 import ast

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # The lab of five minutes, with pictures
 #
-# Linear causal models: draw some, train on them, predict knock-outs that were never seen, and look. Run the cells one by
-# one in an editor that knows `# %%`, or all of it with `python lab.py`; it takes five minutes of two CPU cores, and
+# Linear causal models: draw some, train on them, predict knock-outs that were never seen, and look. Run the cells one
+# by one in an editor that knows `# %%`, or all of it with `python lab.py`; it takes five minutes of two CPU cores, and
 # everything is written below `out/laptop` and skipped the next time.
 
 # %%
@@ -27,8 +27,8 @@ def run(*words: str) -> None:
 
 # %% [markdown]
 # ## 1. Random causal models
-# A thousand graphs to train on, and a few that nobody sees in training. A *condition* is all cells of one system under one
-# treatment; the first is control.
+# A thousand graphs to train on, and a few that nobody sees in training. A *condition* is all cells of one system under
+# one treatment; the first is control.
 
 # %%
 run("prior.py", "linear")
@@ -36,8 +36,8 @@ screen = tasks.load_screen(OUT / "screens" / "linear" / "split-0")
 print(screen.cells.shape, "cells x variables;", screen.split.shape, "systems x treatments")
 
 # %% [markdown]
-# What do(variable 0) does in one of the held-out systems: the treated variable is set, what is downstream moves, and the
-# rest stays.
+# What do(variable 0) does in one of the held-out systems: the treated variable is set, what is downstream moves, and
+# the rest stays.
 
 # %%
 system = int(np.flatnonzero((screen.split == tasks.TEST).any(axis=1))[0])
@@ -72,7 +72,7 @@ run("-m", "baselines", "--screen", "linear", "--methods", "identity", "target-on
 run("metrics.py", str(OUT / "samples" / "linear"))
 for row in ("mappfn-seed0", "mappfn-seed0~controls", "target-only", "known-graph", "oracle"):
     numbers = json.loads((OUT / "samples" / "linear" / f"{row}-split0-draw0.json").read_text())["metrics"]
-    print(f"{row:24} RMSE {numbers['rmse']:.3f}  PDS {numbers['pds']:.3f}  off-target R2 {numbers['off_target_r2']:.2f}")
+    print(f"{row:24} RMSE {numbers['rmse']:.3f}  PDS {numbers['pds']:.3f}  R2 {numbers['off_target_r2']:.2f}")
 
 # %% [markdown]
 # The treated variable is right, and what is downstream is not: off-target R2 is below 0, which is to say that nothing

@@ -6,6 +6,7 @@ Beyond the paper (D57). Reads an `.h5ad` of counts, as data.py does, and a check
     python predict.py screen.h5ad --validate                          what would be read as what, and stop
     python predict.py screen.h5ad --query STAT1 STAT3 --out predicted.h5ad
     python predict.py screen.h5ad --evaluate                          how good it is, on knock-outs that were measured
+    python predict.py toy --evaluate --genes 20 --query gene03        an example without a file: simulated, not cells
 or, in a notebook, on log-expression: `predict(control, experiments, query, genes)`.
 
 Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). In
@@ -47,7 +48,7 @@ STEPS = 10  # Dopri5 steps, there and back
 @dataclass(frozen=True)
 class Settings:
     """Predict knock-outs of a screen."""
-    file: Positional[Path]  # .h5ad with raw counts, of controls and of knock-outs
+    file: Positional[Path]  # .h5ad with raw counts, of controls and of knock-outs; or "toy"
     query: tuple[str, ...] = ()  # genes whose knock-out is wanted
     out: Path = Path("predicted.h5ad")  # other files have its name with another end
     checkpoint: Path = BOX  # of train.py, trained with --no-knock-out
@@ -59,7 +60,8 @@ class Settings:
     system_col: str | None = None
     log_transformed: bool = False
     min_cells: int = 30  # fewest cells of a knock-out that is used
-    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most, or all if there are fewer
+    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most; or all
+    experiments: int | None = None  # K, of a draw, if there are as many; by default the most in training
     cells: int = 200  # control cells of a draw, each of which gives a predicted one
     draws: int = 5  # with other control cells and other experiments
     seed: int = 0
@@ -103,8 +105,8 @@ def load_checkpoint(path: Path) -> tuple[dict, object]:
 def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
               experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str, genes: list[str], context: int,
               cells: int) -> tuple[Given, Int[np.ndarray, "N"]]:
-    """A draw: N = `cells` control cells, and K = `context` experiments, or all but that of the query if there are fewer;
-    and which control cells they are. Raises BadInput without experiments."""
+    """A draw: N = `cells` control cells, and K = `context` experiments besides that of the query, or all if there are
+    fewer; and which control cells they are. Raises BadInput without experiments."""
     names = [name for name in experiments if name != query]
     if not names:
         raise BadInput(f"no knock-out besides {query}: there is no context to learn from")
@@ -137,9 +139,10 @@ def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[n
 def read(s: Settings):
     """Normalised cells of the genes that are predicted, of one biological context, with 'treatment' and the columns of
     the file in obs; and the control label. Raises BadInput if something cannot be read, or is asked for in vain."""
-    wanted = data.Settings(h5ad=s.file, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
-                           holdout_system=s.system, log_transformed=s.log_transformed, genes=2, min_cells=s.min_cells,
-                           unmeasured=True)
+    source = {"dataset": "toy"} if s.file == Path("toy") else {"h5ad": s.file}
+    wanted = data.Settings(**source, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
+                           holdout_system=s.system, log_transformed=s.log_transformed, min_cells=s.min_cells,
+                           unmeasured=True, genes=20 if "dataset" in source else 3)
     data.check(wanted)
     cells, control, system = data.load(wanted)
     cells = cells[(cells.obs["system"] == system).to_numpy()].copy()
@@ -177,7 +180,7 @@ def pools(screen: Screen) -> dict[str, Float[np.ndarray, "_ G"]]:
     return {screen.treatment_names[t]: screen.pool(0, t) for t in known.tolist() if t != CONTROL}
 
 
-def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
+def evaluate(s: Settings, screen: Screen, head: dict, network, context: int) -> None:
     """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, in words."""
     import baselines
 
@@ -188,7 +191,7 @@ def evaluate(s: Settings, screen: Screen, head: dict, network) -> None:
         e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
         rng = scales.generator("evaluation", s.seed, number)
         name = fold.treatment_names[int(e.treatment[0])]
-        given, _ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), head["context"], s.cells)
+        given, _ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, s.cells)
         given = given._replace(controls=e.given.controls[0])
         cells = counterfactuals(network, given, head["genes"], key=scales.key("sampling", s.seed, number))
         found.setdefault("prediction", []).append(metrics.Predictions(
@@ -311,8 +314,9 @@ def main() -> None:
     if s.validate:
         print("this can be predicted from" + f": {', '.join(queries)}" * bool(queries))
         return
+    context = s.experiments or head["context"]
     if s.evaluate:
-        evaluate(s, screen, head, network)
+        evaluate(s, screen, head, network, context)
     if not queries:
         return
     print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
@@ -320,8 +324,8 @@ def main() -> None:
     for number, query in enumerate(tqdm(queries, unit=" knock-outs")):
         for i in range(s.draws):
             rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
-            given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes),
-                                    head["context"], s.cells)
+            given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes), context,
+                                    s.cells)
             after = counterfactuals(network, given, head["genes"], key=key)
             found.setdefault(query, []).append(Draw(rows, given.controls, after))
     rows = []

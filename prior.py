@@ -571,7 +571,8 @@ def main() -> None:
         return
     share = folder if s.shard < 0 else folder.with_name(f"shard-{s.shard}")
     with scales.alone(share):  # an OSError now, not after the work, if there is no place
-        print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}", flush=True)
+        print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}",
+              flush=True)
         make = make_linear if s.what == "linear" else make_grn
         make(s, folder)
 

@@ -52,6 +52,7 @@ class Settings(EvaluationSettings):
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 25  # Dopri5 steps of the flow [D9]
     counterfactual: bool = False  # what becomes of each control cell, not new cells
+    context: int | None = None  # K, at most; by default as in training
     context_gain: bool = False  # predict also with a context that says nothing (`uninformed`), for tables to compare
 
 
@@ -321,6 +322,8 @@ def jobs(s: Settings) -> list[Job]:
             if s.counterfactual and not head.get("no_knock_out"):
                 raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
+            if (s.context or 0) > SLOTS and not model.takes_any_genes(network):
+                raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
             if genes != len(screen.genes) and not model.takes_any_genes(network):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):
@@ -345,7 +348,8 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     if guidance is None:
         guidance = guidance_of(s, job.file)
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
-    context = min(head["context"], most_experiments(screen))
+    wanted = head["context"] if s.context is None else s.context
+    context = min(wanted, most_experiments(screen))
     evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
     given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)

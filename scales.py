@@ -43,8 +43,8 @@ TABLE = {
         "cells":                 (16,        16),            # cells N of a population in a task
         "context":               (2,          4),            # context experiments K
     },
-    "exchangeable": {          # the second network [D57]: with the prior panel and counterfactual cells, what we recommend
-                               # for screens of real cells (beyond.sh tells why); its paper scale has not been tried
+    "exchangeable": {          # the second network [D57]: with the prior panel and counterfactual cells what we
+                               # recommend for screens of real cells (beyond.sh); its paper scale was not tried
         "width":                 (12,        48,      128),
         "depth":                 (2,          3,        4),
         "heads":                 (2,          4,        8),
@@ -276,8 +276,8 @@ LIMITS = {
     # sampling and figures
     "guidance": (0, 100), "weights": (0, 100), "steps": (1, 10**5), "eval_cells": (1, 10**5), "screens": (1, 99),
     "tasks": (1, 10**6), "contexts": (0, 1000), "multiples": (1e-3, 1e3), "most_cells": (1, 10**5),
-    "subsets": (1, 10**4), "tta_draws": (1, 999), "snapshot_tasks": (1, 10**5), "ode_steps": (1, 10**5),
-    "ode_reference": (1, 10**5), "ode_tasks": (1, 10**4), "grns": (1, 10**6),
+    "subsets": (1, 10**4), "experiments": (1, 10**4), "tta_draws": (1, 999), "snapshot_tasks": (1, 10**5),
+    "ode_steps": (1, 10**5), "ode_reference": (1, 10**5), "ode_tasks": (1, 10**4), "grns": (1, 10**6),
 }
 
 
@@ -363,8 +363,8 @@ def revision() -> str:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        # without locks: a run that is killed just now must not leave one in the repository
-        done = subprocess.run(["git", "--no-optional-locks", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", *arguments]  # a run that is killed just now leaves none behind
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

@@ -23,7 +23,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 # Every annotated type and shape of these modules is checked when a function is called, or traced.
 MODULES = ["scales", "tasks", "labels", "data", "prior", "attention", "devices", "model", "exchangeable",
-           "simulator", "panel", "predict", "train", "sample", "choose", "baselines", "metrics", "judge", "drawing", "figures", "tables"]
+           "simulator", "panel", "predict", "train", "sample", "choose", "baselines", "metrics", "judge", "drawing",
+           "figures", "tables"]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 

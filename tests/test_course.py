@@ -1,4 +1,4 @@
-"""Claims about course.py: what a student gets, and what the hunt grades. (`python course.py check` runs the exercises.)"""
+"""Claims about course.py: what a student gets, and what the hunt grades. (`course.py check` runs the exercises.)"""
 
 import ast
 

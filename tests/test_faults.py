@@ -1,4 +1,4 @@
-"""Claims about what goes wrong: numbers that cannot be meant, flipped bytes, full disks, and two runs in one folder. Each
+"""Claims about what goes wrong: numbers that cannot be meant, flipped bits, full disks, two runs in one folder. Each
 ends in one line that names what is wrong and how to mend it; no half-written file, no silent nonsense."""
 
 import dataclasses
@@ -150,8 +150,8 @@ def test_two_priors_at_once(tmp_path):
 
 @pytest.mark.parametrize("command", [
     "prior.py grn --systems 2 --validation 1 --test 1", "prior.py linear --systems 20", "data.py --dataset toy",
-    "train.py --screen dags --updates 2 --width 64 --heads 2 --depth 2", "-m baselines --screen dags --methods identity",
-    "tables.py"])
+    "train.py --screen dags --updates 2 --width 64 --heads 2 --depth 2",
+    "-m baselines --screen dags --methods identity", "tables.py"])
 def test_a_full_disk_leaves_nothing(tmp_path, trained, command):
     """No file can have more than 4 blocks: a last line says so, the status is 1, and nothing is left half-written."""
     (tmp_path / "smoke" / "screens").mkdir(parents=True)
@@ -160,4 +160,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, trained, command):
     done = subprocess.run([*limited, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
-    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".npz", ".npy", ".eqx", ".md") and file.is_file()]
+    left = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".npz", ".npy", ".eqx", ".md")]
+    assert not left

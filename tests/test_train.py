@@ -283,8 +283,8 @@ def test_genes_are_permuted_in_training_only(like, trained):
 
 
 def test_a_network_of_any_size_meets_every_size(like, trained):
-    """Each update has one K and one D, the same whenever it is asked for; all K up to the largest, by powers of two, and
-    all genes or half, come up."""
+    """Each update has one K and one D, the same whenever it is asked for; all K up to the largest, by powers of two,
+    and all genes or half, come up."""
     s, found = like(any_size=True, context=3), set()
     for update in range(60):
         batch = train.update_tasks(s, trained.screen, update)
