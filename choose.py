@@ -145,21 +145,17 @@ def chosen(s: train.Settings, folder: Path, screen: Screen) -> dict:
     path = folder / "choice.json"
     if s.choice:
         path = model.run_folder(s, s.choice, tasks.split_number(folder)) / "choice.json"
-        if not path.is_file():
-            raise scales.BadInput(f"--choice {s.choice}: no {path}; train that run first")
     made = train.header(dataclasses.replace(s, seed=0, init=""), folder, screen)
     made |= {"rates": s.rates, "lengths": LENGTHS, "first look": FIRST_LOOK, "folds": len(tasks.folds(screen)),
              "evaluate": scales.at(s.scale, "evaluate"), "fine-tuning": bool(s.init)}
     if s.init and not s.choice:
         made["weights"] = train.header(s, folder, screen)["weights"]
-    if path.is_file():
-        try:
-            choice = dict(json.loads(path.read_text()))
-            then = choice["made"]
-        except (ValueError, KeyError, TypeError):
-            raise scales.BadInput(f"{path}: damaged; delete it, and the choice is made again") from None
-        scales.check_made(path, {name: then.get(name) for name in made}, made)
+    choice = scales.read_json(path)
+    if choice:
+        scales.check_made(path, {name: choice.get("made", {}).get(name) for name in made}, made)
         return choice
+    if s.choice:
+        raise scales.BadInput(f"--choice {s.choice}: no {path}, or it is damaged; train that run first")
     choice = choose(s, folder, screen) | {"made": made, "revision": scales.revision()}
     with scales.atomic(path) as temporary:
         temporary.write_text(json.dumps(choice, default=str))

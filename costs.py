@@ -321,8 +321,8 @@ seconds of the dry run, start-up and all, times what there is more of.
 Host memory is of two systems and of the toy: no bound for 1,000 graphs or for melanoma's 218,000 cells.
 
 Weakest: the two shares and the bytes were not measured on a GPU, which fuses otherwise; most hours hang on them.
-Drawing 256 tasks on the host is not counted, nor is reading them from disk, nor the recommended row (exchangeable.py):
-its matrices of genes are small beside the paper's attention over 1,800 cells.
+The recommended row is not counted: its matrices of genes are small beside attention over 1,800 cells.
+Drawing 256 tasks on the host is not counted, nor is reading them from disk.
 """
 
 

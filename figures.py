@@ -621,16 +621,6 @@ def write(name: str, s: Settings, about: dict, path: Path) -> None:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> dict:
-    """What `write` wrote; empty if it has not yet. Raises BadInput if the file is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise BadInput(f"{path}: damaged; delete it, and the figure is made again") from None
-
-
 def main() -> None:
     """Compute what is not there yet, and draw all that was asked for."""
     s = scales.parse(Settings, lambda s: ("evaluate", "figures"))
@@ -647,12 +637,12 @@ def main() -> None:
         screens[name] = {"fingerprint": screen.made["fingerprint"], "runs": runs, "weights": weights}
     for name in s.names or FIGURES:
         path = s.out / s.scale / "figures" / f"{name}.json"
-        document = read(path)
+        document = scales.read_json(path)
         if document.get("screens") == screens:
             scales.check_made(path, document["settings"], settings)
         else:
             write(name, s, {"settings": settings, "screens": screens}, path)
-            document = read(path)
+            document = scales.read_json(path)
         picture = path.with_suffix(".png")
         if "not_run" in document:
             picture.unlink(missing_ok=True)  # of numbers that are gone

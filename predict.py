@@ -9,9 +9,10 @@ Beyond the paper (D57). Reads an `.h5ad` of counts, as data.py does, and a check
     python predict.py toy --evaluate --genes 20 --query gene03        an example without a file: simulated, not cells
 or, in a notebook, on log-expression: `predict(control, experiments, query, genes)`.
 
-Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). In
-each draw other control cells are taken, and K other experiments of the same biological context; an experiment on a gene
-that is not measured is of use too. What differs between draws is the spread of the table, which is no calibration.
+Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). Of
+a checkpoint that was trained without --no-knock-out, such as one of the paper's form, it is a new cell. In each draw
+other control cells are taken, and K other experiments of the same biological context; an experiment on a gene that is
+not measured is of use too. What differs between draws is the spread of the table, which is no calibration.
 
     control    N D      control cells, natural log1p of normalised counts (equation 5)
     query      D        one-hot of the gene that is asked for
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -43,6 +45,7 @@ from tasks import CONTROL, KNOWN_ONLY, TRAIN, VALIDATION, Given, Screen
 BOX = Path(__file__).parent / "checkpoints" / "screens.eqx"
 SIMPLE = ("identity", "target-only", "system-mean", "target-gene")  # what --evaluate compares with
 STEPS = 10  # Dopri5 steps, there and back
+GUIDANCE = 2.0  # of new cells, where the checkpoint has none (A.4)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Settings:
     file: Positional[Path]  # .h5ad with raw counts, of controls and of knock-outs; or "toy"
     query: tuple[str, ...] = ()  # genes whose knock-out is wanted
     out: Path = Path("predicted.h5ad")  # other files have its name with another end
-    checkpoint: Path = BOX  # of train.py, trained with --no-knock-out
+    checkpoint: Path = BOX  # of train.py
     validate: bool = False  # say what would be read as what, and stop
     evaluate: bool = False  # leave out each measured knock-out in turn, and compare with simple rules
     system: str | None = None  # biological context; by default the one with most knock-outs
@@ -80,26 +83,39 @@ def passes(genes: int, always: Int[np.ndarray, "a"], room: int) -> Iterator[Int[
         yield np.concatenate([always, others[max(0, last - room) : last]])
 
 
-def counterfactuals(network, given: Given, room: int, *, key) -> Float[np.ndarray, "N G"]:
-    """What becomes of each control cell of one task [no batch axis], of any number of genes."""
-    treated = np.flatnonzero(np.vstack([given.query[None], given.context_treatments]).any(axis=0))
-    found = np.empty_like(given.controls)
-    for genes in passes(len(given.query), treated, room):
-        task = Given(*(field[None][..., genes] for field in given))
-        cells = sample.generate(network, task, 1.0, STEPS, counterfactual=True, key=key)
-        found[:, genes] = sample.clip_expression(cells, True)[0][0]
-    return found
+class Checkpoint(NamedTuple):
+    """A trained network, and the header of its file."""
+    head: dict
+    network: eqx.Module
+
+    @property
+    def counterfactual(self) -> bool:
+        """Was it told what no knock-out is?"""
+        return self.head.get("no_knock_out", 0) > 0
 
 
-def load_checkpoint(path: Path) -> tuple[dict, object]:
-    """Raises BadInput for one that cannot make counterfactual cells of any number of genes."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Raises BadInput if there is none, or it is damaged."""
     if not path.is_file():
         raise BadInput(f"--checkpoint {path}: no such file; train.py writes model.eqx")
-    head, network = model.load_model(path)
-    if not head.get("no_knock_out") or not model.takes_any_genes(network):
-        raise BadInput(f"--checkpoint {path}: a network that is bound to {head['genes']} genes in their order, or was "
-                       "trained without --no-knock-out; train one with --network exchangeable.Exchangeable")
-    return head, network
+    return Checkpoint(*model.load_model(path))
+
+
+def cells_of(checkpoint: Checkpoint, given: Given, *, key) -> Float[np.ndarray, "N G"]:
+    """What becomes of each control cell of one task [no batch axis], of any number of genes; or, of a network that was
+    not told what no knock-out is, new cells. Raises BadInput if its weights belong to more genes than there are."""
+    head, network = checkpoint
+    treated = np.flatnonzero(np.vstack([given.query[None], given.context_treatments]).any(axis=0))
+    if not model.takes_any_genes(network) and not len(treated) <= head["genes"] <= len(given.query):
+        raise BadInput(f"a network of {head['genes']} genes, neither more nor fewer: there are {len(given.query)}, "
+                       f"{len(treated)} of them treated; --genes, or --experiments, or another --checkpoint")
+    guidance = 1.0 if checkpoint.counterfactual else head.get("guidance") or GUIDANCE
+    found = np.empty_like(given.controls)
+    for genes in passes(len(given.query), treated, head["genes"]):
+        task = Given(*(field[None][..., genes] for field in given))
+        cells = sample.generate(network, task, guidance, STEPS, counterfactual=checkpoint.counterfactual, key=key)
+        found[:, genes] = sample.clip_expression(cells, True)[0][0]
+    return found
 
 
 def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
@@ -124,13 +140,13 @@ def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[n
     """N = `cells` control cells, and what each would be if gene `query` were knocked out. `experiments`: cells of known
     knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All are natural log1p of
     normalised counts. Raises BadInput for a query that is no measured gene, or without experiments."""
-    head, network = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint)
     if query not in genes:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
     rng = scales.generator("sampling", seed)
-    given, _ = draw_task(rng, control, experiments, query, genes, head["context"], cells)
-    return given.controls, counterfactuals(network, given, head["genes"], key=scales.key("sampling", seed))
+    given, _ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
+    return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
 
 
 # ------------------------------------------------------------------------------------------------- a screen in a file
@@ -180,7 +196,7 @@ def pools(screen: Screen) -> dict[str, Float[np.ndarray, "_ G"]]:
     return {screen.treatment_names[t]: screen.pool(0, t) for t in known.tolist() if t != CONTROL}
 
 
-def evaluate(s: Settings, screen: Screen, head: dict, network, context: int) -> None:
+def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) -> None:
     """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, in words."""
     import baselines
 
@@ -193,7 +209,7 @@ def evaluate(s: Settings, screen: Screen, head: dict, network, context: int) -> 
         name = fold.treatment_names[int(e.treatment[0])]
         given, _ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, s.cells)
         given = given._replace(controls=e.given.controls[0])
-        cells = counterfactuals(network, given, head["genes"], key=scales.key("sampling", s.seed, number))
+        cells = cells_of(checkpoint, given, key=scales.key("sampling", s.seed, number))
         found.setdefault("prediction", []).append(metrics.Predictions(
             e.given.controls, e.given.controls, e.target, cells[None], e.given.query, e.true_means(fold),
             np.array(["s"]), True, {}))
@@ -272,7 +288,7 @@ def figure(path: Path, found: dict[str, list[Draw]], screen: Screen) -> None:
     drawing.draw({"title": "Predicted knock-outs", "data": content}, "paper", path)
 
 
-def annotated(found: dict[str, list[Draw]], controls, made: dict):
+def annotated(found: dict[str, list[Draw]], controls, counterfactual: bool, made: dict):
     """All as an AnnData: control cells of the file that were drawn, then predicted ones, with the columns that the file
     has for the control cell that they were; genes by the file's names and in its order. `controls`: AnnData."""
     import anndata
@@ -286,7 +302,9 @@ def annotated(found: dict[str, list[Draw]], controls, made: dict):
         for number, draw in enumerate(draws):
             table = original.iloc[draw.rows].assign(predicted=True, control_cell=controls.obs_names[draw.rows])
             table[column] = query
-            table.index = [f"{cell}-{query}-{number}" for cell in table.index]
+            if not counterfactual:
+                table["control_cell"] = ""
+            table.index = [f"{query}-{number}-{i}" for i in range(len(table))]  # a control cell can be drawn twice
             blocks.append(draw.after)
             tables.append(table)
     obs = pd.concat(tables)
@@ -308,15 +326,15 @@ def main() -> None:
     for path in (s.out, table, picture):
         if path.exists() and s.query and not s.validate:
             raise BadInput(f"{path}: is there already; move it away, or give another --out")
-    head, network = (None, None) if s.validate else load_checkpoint(s.checkpoint)
+    checkpoint = None if s.validate else load_checkpoint(s.checkpoint)
     cells, control, queries = read(s)
     screen = data.as_screen(cells, {"control": control, "title": "own screen", "section": "real"})
     if s.validate:
         print("this can be predicted from" + f": {', '.join(queries)}" * bool(queries))
         return
-    context = s.experiments or head["context"]
+    context = s.experiments or checkpoint.head["context"]
     if s.evaluate:
-        evaluate(s, screen, head, network, context)
+        evaluate(s, screen, checkpoint, context)
     if not queries:
         return
     print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
@@ -326,7 +344,7 @@ def main() -> None:
             rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
             given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes), context,
                                     s.cells)
-            after = counterfactuals(network, given, head["genes"], key=key)
+            after = cells_of(checkpoint, given, key=key)
             found.setdefault(query, []).append(Draw(rows, given.controls, after))
     rows = []
     for query, draws in found.items():
@@ -334,7 +352,7 @@ def main() -> None:
     made = {"checkpoint": str(s.checkpoint), "weights": scales.checksum(s.checkpoint), "revision": scales.revision(),
             "normalisation": cells.uns["normalisation"], "system": cells.uns["system"],
             "settings": json.dumps(dataclasses.asdict(s), default=str)}
-    result = annotated(found, controls, made)
+    result = annotated(found, controls, checkpoint.counterfactual, made)
     with scales.atomic(table) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     figure(picture, found, screen)

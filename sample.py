@@ -189,13 +189,9 @@ def guidance_of(s, file: Path) -> float:
     if head["guidance"] is not None:
         return head["guidance"]
     record, weights = file.with_name("guidance.json"), scales.checksum(file)
-    if record.is_file():
-        try:
-            found = json.loads(record.read_text())
-            if found["weights"] == weights:  # else the model was trained anew
-                return float(found["guidance"])
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{record}: damaged; delete it, and the weight is chosen again") from None
+    found = scales.read_json(record)
+    if found.get("weights") == weights:  # else the model was trained anew
+        return found["guidance"]
     screen = tasks.load_screen(s.out / s.scale / "screens" / head["screen"] / file.parent.name)
     errors = validation_errors(s, head, network, screen)
     best = min(errors, key=errors.get) if errors else 2.0

@@ -346,6 +346,17 @@ def alone(path: str | Path):
         yield
 
 
+def read_json(path: Path) -> dict:
+    """What a file of JSON says; nothing if it is not there or damaged, so that it is made again."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        print(f"{path}: damaged; it is made again", flush=True)
+        return {}
+
+
 def check_made(path: str | Path, then: dict, now: dict) -> None:
     """Raise BadInput, naming what differs, unless what is at `path` was made with the settings `now`."""
     now = json.loads(json.dumps(now, default=str))  # as it would come back from a file

@@ -162,3 +162,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, trained, command):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
     left = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".npz", ".npy", ".eqx", ".md")]
     assert not left
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": ', "\x00\x01"])
+def test_a_damaged_cache_is_made_again(tmp_path, content, capsys):
+    """What can be computed anew counts as not there, and a line says so."""
+    path = tmp_path / "choice.json"
+    assert scales.read_json(path) == {} and not capsys.readouterr().out
+    path.write_text(content)
+    assert scales.read_json(path) == {} and "choice.json: damaged; it is made again" in capsys.readouterr().out
+    path.write_text('{"a": 1}')
+    assert scales.read_json(path) == {"a": 1}

@@ -120,9 +120,15 @@ def test_on_arrays(checkpoint):
         predict.predict(control, {"b": control}, "b", list("abcd"), checkpoint)
 
 
-def test_networks_bound_to_their_genes_are_refused(tmp_path):
+def test_a_network_of_the_papers_form(tmp_path, run):
+    """It takes as many genes at a time as it has, until all have had their turn, and gives new cells, which were no
+    control cell; with fewer genes it cannot be used."""
     head = dataclasses.asdict(Architecture(width=8, depth=1, heads=1, registers=1)) | {"genes": 6, "context": 2}
     network = model.build(Architecture(width=8, depth=1, heads=1, registers=1), 6, key=jr.key(0))
-    model.write_leaves(tmp_path / "paper.eqx", head | {"no_knock_out": 0.1}, eqx.filter(network, eqx.is_inexact_array))
-    with pytest.raises(BadInput, match="bound to 6 genes"):
-        predict.load_checkpoint(tmp_path / "paper.eqx")
+    model.write_leaves(tmp_path / "paper.eqx", head, eqx.filter(network, eqx.is_inexact_array))
+    run("--query", "t5", "--checkpoint", str(tmp_path / "paper.eqx"))
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert found.n_vars == 14 and (found.obs["control_cell"] == "").all() and (found.X >= 0).all()
+    cells = np.random.default_rng(0).random((20, 4)).astype(np.float32)
+    with pytest.raises(BadInput, match="a network of 6 genes, neither more nor fewer: there are 4"):
+        predict.predict(cells, {"b": cells, "c": cells}, "a", list("abcd"), tmp_path / "paper.eqx")

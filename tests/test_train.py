@@ -428,16 +428,13 @@ def test_fine_tuning_starts_from_the_weights(trained, like, tmp_path):
             model.model_file(s, *asked)
 
 
-@pytest.mark.parametrize("changed", [
-    {"micro_batch": 3}, {"micro_batch": 0}, {"context": 11}, {"context": -1}, {"updates": 0}, {"ema": 1.0},
-    {"learning_rate": -1.0}, {"accumulate": 0}, {"cells": 0}, {"clip": 0.0}, {"drop_condition": 7.0}, {"seed": -1},
-    {"target_cells": 7}, {"no_knock_out": 1.5}, {"any_size": True},
-    {"log_every": 0}, {"snapshots": -1}, {"warmup": 2.0}, {"name": "../up"}, {"init": "a/b"},
-    {"learning_rate": np.nan}, {"seed": 1000}])
+@pytest.mark.parametrize("changed", [{"micro_batch": 3}, {"context": 11}, {"target_cells": 7}, {"any_size": True},
+                                     {"seed": 1000}])
 def test_unusable_settings_are_refused(like, changed):
-    """Each would train to nonsense, or not at all: the message names the setting, before any work."""
-    (name, value), = changed.items()
-    with pytest.raises(BadInput, match=name.replace("_", "-") if isinstance(value, (int, float)) else value):
+    """Each does not fit the others, or the machine: the message names the setting, before any work. (Numbers that can
+    never be meant: test_faults.py.)"""
+    name, = changed
+    with pytest.raises(BadInput, match=name.replace("_", "-")):
         train.check(like(**changed))
 
 
