@@ -131,10 +131,11 @@ def queries(screen: Screen, context: int, split: int) -> Int[np.ndarray, "Q 2"]:
 
 
 def most_context(screen: Screen) -> int:
-    """Largest K that every training condition can have: the other known experiments of the system with the fewest."""
+    """Largest K that every training and validation condition can have: the other known experiments of the system with
+    the fewest."""
     known = np.isin(screen.split[:, 1:], KNOWN).sum(axis=1)
-    trained = (screen.split[:, 1:] == TRAIN).any(axis=1)
-    return int(known[trained].min() - 1)
+    trained, validated = ((screen.split[:, 1:] == use).any(axis=1) for use in (TRAIN, VALIDATION))
+    return int(min([*known[trained] - 1, *known[validated]]))
 
 
 def experiments(rng: np.random.Generator, screen: Screen, s: int, t: int, context: int) -> Int[np.ndarray, "K"]:

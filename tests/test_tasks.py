@@ -143,6 +143,12 @@ def test_too_many_context_experiments(split, most):
 # --------------------------------------------------------------------------------------------------- evaluation tasks
 
 
+def test_the_largest_context_suits_training_and_validation():
+    """Three training experiments leave two for the third; a validation condition has what is known of its own system."""
+    assert tasks.most_context(make_screen([[TRAIN] * 4])) == 2
+    assert tasks.most_context(make_screen([[TRAIN] * 4, [TRAIN, VALIDATION, KNOWN_ONLY, TEST]])) == 1
+
+
 def test_evaluation_tasks_cover_the_split_in_order():
     """There is one task per test condition, in order, and every population is of its own condition. A held-out system
     is given its KNOWN_ONLY experiments, and these are no training queries."""
