@@ -120,6 +120,21 @@ def test_on_arrays(checkpoint):
         predict.predict(control, {"b": control}, "b", list("abcd"), checkpoint)
 
 
+def test_the_checkpoint_in_the_box():
+    """It is small, of any number of genes, knows what no knock-out is, and lowers the gene that is knocked out where the
+    experiments show that knock-outs do so."""
+    checkpoint = predict.load_checkpoint(predict.BOX)
+    assert predict.BOX.stat().st_size < 6e6 and checkpoint.counterfactual and model.takes_any_genes(checkpoint.network)
+    rng, genes = np.random.default_rng(0), list("abcdefgh")
+    control = np.log1p(rng.poisson(3.0, (60, 8))).astype(np.float32)
+    experiments = {}
+    for i, gene in enumerate(genes[:4]):
+        experiments[gene] = control * (np.arange(8) != i)
+    before, after = predict.predict(control, experiments, "f", genes, cells=40)
+    moved = after.mean(axis=0) - before.mean(axis=0)
+    assert np.isfinite(after).all() and moved.argmin() == 5 and moved[5] < -0.2
+
+
 def test_a_network_of_the_papers_form(tmp_path, run):
     """It takes as many genes at a time as it has, until all have had their turn, and gives new cells, which were no
     control cell; with fewer genes it cannot be used."""
