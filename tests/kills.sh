@@ -20,9 +20,6 @@ bash run_all.sh smoke --out "$OUT/killed" > "$OUT/killed.log" 2>&1 || { tail -n 
 import json, sys
 from pathlib import Path
 
-one, other = (json.loads((Path(sys.argv[1]) / name / "smoke" / "report.json").read_text()) for name in ("undisturbed", "killed"))
-
-
 def plain(found):
     """Without what is a time."""
     if isinstance(found, dict):
@@ -30,7 +27,15 @@ def plain(found):
     return [plain(value) for value in found] if isinstance(found, list) else found
 
 
-different = [name for name in one if plain(one[name]) != plain(other[name])]
+def read(name):
+    """The report, without the folder that it is in; as text, in which what is not a number is equal to itself."""
+    folder = Path(sys.argv[1]) / name
+    report = plain(json.loads((folder / "smoke" / "report.json").read_text().replace(str(folder), "")))
+    return {section: json.dumps(content) for section, content in report.items()}
+
+
+one, other = read("undisturbed"), read("killed")
+different = [section for section in one if one[section] != other[section]]
 left = [str(path) for path in Path(sys.argv[1]).rglob(".[0-9]*.*")]
 print("different:", different or "nothing", "- half-written files:", left or "none")
 sys.exit(bool(different))
