@@ -279,8 +279,6 @@ LIMITS = {
     "subsets": (1, 10**4), "experiments": (1, 10**4), "tta_draws": (1, 999), "snapshot_tasks": (1, 10**5),
     "ode_steps": (1, 10**5), "ode_reference": (1, 10**5), "ode_tasks": (1, 10**4), "grns": (1, 10**6),
 }
-
-
 PLACES = "screen", "name", "init", "choice"  # settings that are names of folders
 
 
