@@ -20,7 +20,10 @@ not measured is of use too. What differs between draws is the spread of the tabl
 """
 
 import dataclasses
+import io
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +49,7 @@ BOX = Path(__file__).parent / "checkpoints" / "screens.eqx"
 SIMPLE = ("identity", "target-only", "system-mean", "target-gene")  # what --evaluate compares with
 STEPS = 10  # Dopri5 steps, there and back
 GUIDANCE = 2.0  # of new cells, where the checkpoint has none (A.4)
+ADDED = ("predicted", "control_cell")  # columns of the output's obs
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,10 @@ def read(s: Settings):
                            unmeasured=True, genes=20 if "dataset" in source else 3)
     data.check(wanted)
     cells, control, system = data.load(wanted)
+    for column in ADDED:
+        if column in cells.obsm["file"]:
+            raise BadInput(f"{s.file}: its obs has a column '{column}', which predict.py writes. Rename it; or, if "
+                           "this is a prediction, give the file that it was made from: predicted cells show nothing")
     cells = cells[(cells.obs["system"] == system).to_numpy()].copy()
     upper = labels.by_upper_case(cells.var_names)
     queries = []
@@ -182,12 +190,27 @@ def read(s: Settings):
     cells = cells[:, [gene for gene in cells.var_names if gene in kept]].copy()  # in the order of the file
     shown = cells.obs["treatment"].isin([control, *cells.var_names])
     cells.obs.loc[~shown, "use"] = KNOWN_ONLY  # experiments, which cannot be asked for
+    # Peak memory: all cells are dense, and those that are drawn or predicted are there several times.
+    gigabytes = 1 + 4e-9 * cells.n_vars * (cells.n_obs + 6 * len(queries) * s.draws * s.cells)
+    if gigabytes > 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise BadInput(f"--genes {s.genes}: {cells.n_vars} genes of {cells.n_obs} cells want {gigabytes:.0f} GB of "
+                       "memory, which this machine has not; ask for fewer")
     cells.uns |= {"normalisation": note, "system": system, "control": control}
     names = sorted(perturbed)
     print(f"system '{system}': {(cells.obs['treatment'] == control).sum():,} control cells, {len(names)} knock-outs, "
           f"{len(perturbed & set(cells.var_names))} of them of the {cells.n_vars} genes that are predicted: "
-          f"{data.listed(names, 20)}; {note}")
+          f"{data.listed(names, 20)}; {note}; about {gigabytes:.1f} GB of memory")
     return cells, control, queries
+
+
+def announced(todo: list, unit: str) -> Iterator:
+    """Each of `todo` in turn, with a bar; after the first, which also compiles, how long all take at most."""
+    started = time.perf_counter()
+    for number, each in enumerate(tqdm(todo, unit=f" {unit}")):
+        yield each
+        if number == 0:
+            minutes = len(todo) * (time.perf_counter() - started) / 60
+            tqdm.write(f"{len(todo)} {unit}: at most {minutes:.1f} minutes")
 
 
 def pools(screen: Screen) -> dict[str, Float[np.ndarray, "_ G"]]:
@@ -203,7 +226,7 @@ def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) 
     folds, found = tasks.folds(screen, 10**6), {}
     if not folds:
         raise BadInput("--evaluate: needs two knock-outs of measured genes")
-    for number, fold in enumerate(tqdm(folds, unit=" knock-outs")):
+    for number, fold in enumerate(announced(folds, "knock-outs")):
         e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
         rng = scales.generator("evaluation", s.seed, number)
         name = fold.treatment_names[int(e.treatment[0])]
@@ -315,6 +338,18 @@ def annotated(found: dict[str, list[Draw]], controls, counterfactual: bool, made
     return anndata.AnnData(np.concatenate(blocks).astype(np.float32), obs, var, uns={"prediction": made})
 
 
+def write_h5ad(cells, path: Path) -> None:
+    """In memory, and then to the disk: where that is full, h5py would not only fail but crash."""
+    import anndata
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        anndata.io.write_elem(file, "/", cells)
+    with scales.atomic(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
 def main() -> None:
     """Inspect, evaluate or predict."""
     import pandas as pd
@@ -330,7 +365,7 @@ def main() -> None:
     cells, control, queries = read(s)
     screen = data.as_screen(cells, {"control": control, "title": "own screen", "section": "real"})
     if s.validate:
-        print("this can be predicted from" + f": {', '.join(queries)}" * bool(queries))
+        print("the file can be used" + f"; can be asked for: {', '.join(queries)}" * bool(queries))
         return
     context = s.experiments or checkpoint.head["context"]
     if s.evaluate:
@@ -339,13 +374,13 @@ def main() -> None:
         return
     print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
     controls, found = cells[(cells.obs["treatment"] == control).to_numpy()].copy(), {}
-    for number, query in enumerate(tqdm(queries, unit=" knock-outs")):
-        for i in range(s.draws):
-            rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
-            given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes), context,
-                                    s.cells)
-            after = cells_of(checkpoint, given, key=key)
-            found.setdefault(query, []).append(Draw(rows, given.controls, after))
+    todo = [(number, query, i) for number, query in enumerate(queries) for i in range(s.draws)]
+    for number, query, i in announced(todo, "draws"):
+        rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
+        given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes), context,
+                                s.cells)
+        after = cells_of(checkpoint, given, key=key)
+        found.setdefault(query, []).append(Draw(rows, given.controls, after))
     rows = []
     for query, draws in found.items():
         rows += table_of(query, list(cells.var_names), draws)
@@ -353,11 +388,10 @@ def main() -> None:
             "normalisation": cells.uns["normalisation"], "system": cells.uns["system"],
             "settings": json.dumps(dataclasses.asdict(s), default=str)}
     result = annotated(found, controls, checkpoint.counterfactual, made)
+    write_h5ad(result, s.out)
     with scales.atomic(table) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     figure(picture, found, screen)
-    with scales.atomic(s.out) as temporary:
-        result.write_h5ad(temporary)
     print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {table.name}, {picture.name}")
 
 

@@ -314,6 +314,8 @@ def atomic(path: str | Path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # such as a full disk
+        raise OSError(f"{path}: cannot be written: {str(error.strerror or error).splitlines()[0]}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -151,13 +151,19 @@ def test_two_priors_at_once(tmp_path):
 @pytest.mark.parametrize("command", [
     "prior.py grn --systems 2 --validation 1 --test 1", "prior.py linear --systems 20", "data.py --dataset toy",
     "train.py --screen dags --updates 2 --width 64 --heads 2 --depth 2",
-    "-m baselines --screen dags --methods identity", "tables.py"])
+    "sample.py --screen dags --model dags", "answer.py --screen dags --model dags --query gene0 --told gene1",
+    "-m baselines --screen dags --methods identity", "tables.py", "predict.py toy --query gene03 --cells 9 --draws 1"])
 def test_a_full_disk_leaves_nothing(tmp_path, trained, command):
     """No file can have more than 4 blocks: a last line says so, the status is 1, and nothing is left half-written."""
     (tmp_path / "smoke" / "screens").mkdir(parents=True)
     (tmp_path / "smoke" / "screens" / "dags").symlink_to(trained.settings.out / "smoke" / "screens" / "dags")
-    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable, *command.split(), "--scale", "smoke"]
-    done = subprocess.run([*limited, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    if "--model" in command:
+        (tmp_path / "smoke" / "train").symlink_to(trained.settings.out / "smoke" / "train")
+    place = ["--scale", "smoke", "--out", str(tmp_path)]
+    if "predict" in command:
+        place = ["--out", str(tmp_path / "predicted.h5ad")]
+    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable, *command.split(), *place]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
     left = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix in (".npz", ".npy", ".eqx", ".md")]

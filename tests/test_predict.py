@@ -87,6 +87,23 @@ def test_a_prediction(run, tmp_path):
     np.testing.assert_array_equal(anndata.read_h5ad(tmp_path / "out.h5ad").X, found.X)
 
 
+def test_a_prediction_is_no_measurement(run, tmp_path):
+    """A file that has the columns that predict.py adds, such as one that it made, is refused before the work."""
+    cells = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    cells.obs["control_cell"] = ""
+    cells.write_h5ad(tmp_path / "screen.h5ad")
+    with pytest.raises(BadInput, match="screen.h5ad: its obs has a column 'control_cell'.*Rename it"):
+        run("--validate")
+
+
+def test_more_than_memory_allows(run, monkeypatch):
+    """How much memory it takes is said before the work, and refused if there is not as much."""
+    assert "about 1.0 GB of memory" in run("--validate")
+    monkeypatch.setattr(predict.os, "sysconf", lambda name: 2**10)
+    with pytest.raises(BadInput, match="14 genes of [0-9]+ cells want 1 GB.*ask for fewer"):
+        run("--validate", "--genes", "100")
+
+
 def test_what_is_not_measured_cannot_be_asked_for(run):
     with pytest.raises(BadInput, match="GFP: not among the 14 measured genes.*cannot be asked for"):
         run("--query", "GFP")
