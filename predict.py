@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -144,13 +145,14 @@ def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[n
     """N = `cells` control cells, and what each would be if gene `query` were knocked out. `experiments`: cells of known
     knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All are natural log1p of
     normalised counts. Raises BadInput for a query that is no measured gene, or without experiments."""
-    loaded = load_checkpoint(checkpoint)
     if query not in genes:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
     rng = scales.generator("sampling", seed)
-    given, _ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
-    return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
+    with jax.enable_x64(False):  # in a notebook it may be on: importing pertpy is enough
+        loaded = load_checkpoint(checkpoint)
+        given, _ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
+        return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
 
 
 # ------------------------------------------------------------------------------------------------- a screen in a file

@@ -111,8 +111,9 @@ def draw(rng: np.random.Generator, count: int, cells: int) -> Int[np.ndarray, "N
     return rng.permutation(count)[:cells]
 
 
-def queries(screen: Screen, context: int, split: int) -> Int[np.ndarray, "Q 2"]:
-    """(system, treatment) of every condition of `split`, in order.
+def queries(screen: Screen, context: int, split: int, enough: bool = False) -> Int[np.ndarray, "Q 2"]:
+    """(system, treatment) of every condition of `split`, in order; with `enough`, of those systems only that have
+    enough experiments.
 
     Raises BadInput if there is none, or if one has fewer than K = `context` *other* known experiments in its own
     system to be predicted from.
@@ -123,6 +124,8 @@ def queries(screen: Screen, context: int, split: int) -> Int[np.ndarray, "Q 2"]:
                        "condition")
     known = np.isin(screen.split[:, 1:], KNOWN).sum(axis=1)[found[:, 0]]
     others = known - (split == TRAIN)
+    if enough and others.max() >= context:
+        return found[others >= context]
     if others.min() < context:
         where = screen.systems[found[others.argmin(), 0]]
         raise BadInput(f"--context {context}: '{where}' has only {others.min()} training experiments to predict "
@@ -130,11 +133,13 @@ def queries(screen: Screen, context: int, split: int) -> Int[np.ndarray, "Q 2"]:
     return found
 
 
-def most_context(screen: Screen) -> int:
+def most_context(screen: Screen, some: bool = False) -> int:
     """Largest K that every training and validation condition can have: the other known experiments of the system with
-    the fewest."""
+    the fewest. Or, if `some`, the largest that some training condition can have."""
     known = np.isin(screen.split[:, 1:], KNOWN).sum(axis=1)
     trained, validated = ((screen.split[:, 1:] == use).any(axis=1) for use in (TRAIN, VALIDATION))
+    if some:
+        return int(max(known[trained] - 1))
     return int(min([*known[trained] - 1, *known[validated]]))
 
 
@@ -155,10 +160,10 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
     here: a setting of train.py, because in a prior an index means nothing.
     `no_knock_out`: share of tasks whose query is none, all zeros, and whose target is control cells.
     `genes`: if not 0, each task has only so many, drawn at random, the query's among them. An experiment whose gene is
-    left out has a treatment of zeros.
+    left out has a treatment of zeros. Systems with fewer than K experiments are then passed over.
     Raises BadInput as `queries` does.
     """
-    found = queries(screen, context, split)
+    found = queries(screen, context, split, enough=genes > 0)
     rows, treatments, orders = [], [], []
     for task_rng in rng if isinstance(rng, list) else [rng] * batch:
         s, t = found[task_rng.integers(len(found))].tolist()

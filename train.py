@@ -269,7 +269,8 @@ def validation_tasks(s: Settings, screen: Screen, count: int = 64) -> Task | Non
     if not (screen.split == VALIDATION).any():
         return None
     rng = scales.generator("validation", s.seed)
-    return tasks.sample_tasks(rng, screen, count, s.cells, s.context, VALIDATION)
+    context = min(s.context, tasks.most_context(screen))  # with any_size not every system has as many
+    return tasks.sample_tasks(rng, screen, count, s.cells, context, VALIDATION)
 
 
 def make_validation(s: Settings, static: PyTree) -> Callable[[State, Task | None], float]:
@@ -476,7 +477,7 @@ def settled(s: Settings, folder: Path, screen: Screen) -> tuple[Settings, dict]:
     """The settings of a run where its screen has a say, K and what choose.py chooses; what the header says of that."""
     about, most = {}, s.context
     if (screen.split == TRAIN).any():
-        most = tasks.most_context(screen)
+        most = tasks.most_context(screen, some=s.any_size)
     if 0 < most < s.context:
         print(f"{folder}: K = {most} instead of {s.context}: that is how many experiments there are beside a query")
         s = dataclasses.replace(s, context=most)

@@ -104,6 +104,23 @@ def test_more_than_memory_allows(run, monkeypatch):
         run("--validate", "--genes", "100")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_scanpy_and_pertpy_take_it_unchanged(run, tmp_path):
+    """What people do next: principal components, genes that differ, distances between knock-outs."""
+    import scanpy
+
+    run("--query", "m2")
+    pertpy = pytest.importorskip("pertpy")  # it turns on numbers of 64 bits for the whole process
+
+    jax.config.update("jax_enable_x64", False)
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    scanpy.pp.pca(found, n_comps=3)
+    scanpy.tl.rank_genes_groups(found, "perturbation", reference="control", method="wilcoxon")
+    assert set(scanpy.get.rank_genes_groups_df(found, "m2")["names"]) == set(NAMES)
+    distances = pertpy.tl.Distance("edistance", obsm_key="X_pca").pairwise(found, groupby="perturbation")
+    assert np.isfinite(distances.to_numpy()).all() and distances.loc["m2", "control"] > 0
+
+
 def test_what_is_not_measured_cannot_be_asked_for(run):
     with pytest.raises(BadInput, match="GFP: not among the 14 measured genes.*cannot be asked for"):
         run("--query", "GFP")
@@ -131,6 +148,9 @@ def test_on_arrays(checkpoint):
     assert before.shape == after.shape == (15, 4) and (after >= 0).all()
     again = predict.predict(control, experiments | {"b": rng.random((9, 4))}, "b", list("abcd"), checkpoint, cells=15)
     np.testing.assert_array_equal(after, again[1])
+    with jax.enable_x64(True):
+        wide = predict.predict(control, experiments, "b", list("abcd"), checkpoint, cells=15)
+    np.testing.assert_array_equal(after, wide[1])
     with pytest.raises(BadInput, match="e: not among"):
         predict.predict(control, experiments, "e", list("abcd"), checkpoint)
     with pytest.raises(BadInput, match="no knock-out besides"):

@@ -140,6 +140,18 @@ def test_too_many_context_experiments(split, most):
         sample_tasks(rng(0), make_screen([[TRAIN] * 4]), 4, 5, 1, VALIDATION)
 
 
+def test_systems_with_too_few_experiments_are_passed_over():
+    """Where tasks have sizes of their own, one with many experiments is drawn from systems that have as many;
+    more than any has is refused."""
+    screen = make_screen([[TRAIN] * 3 + [tasks.ABSENT] * 3, [TRAIN] * 6])
+    assert (tasks.most_context(screen), tasks.most_context(screen, some=True)) == (1, 4)
+    for context, systems in ((1, {0, 1}), (2, {1}), (4, {1})):
+        found = sample_tasks(rng(0), screen, 100, 5, context, genes=3)
+        assert set(np.unique(conditions_of(screen, found.target) // screen.split.shape[1])) == systems
+    with pytest.raises(BadInput, match="--context 5: 'a' has only 1"):
+        sample_tasks(rng(0), screen, 4, 5, 5, genes=3)
+
+
 # --------------------------------------------------------------------------------------------------- evaluation tasks
 
 
