@@ -120,7 +120,8 @@ def read(path: Path):
             cells.obs = cells.obs.join(whole.obs.drop(columns=cells.obs.columns, errors="ignore"))
         else:
             cells = anndata.read_h5ad(path)
-        cells.X = by_rows(cells.X)
+        if cells.X is not None:  # counts may be in a layer, and nowhere else
+            cells.X = by_rows(cells.X)
     except Exception as error:  # h5py and anndata fail on damaged files with every kind of exception
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise BadInput(f"{path}: not a complete .h5ad file ({why}); if downloaded, fetch it again") from None
@@ -148,25 +149,32 @@ def simulate_toy(settings: Settings):
 
 def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
     """Column of obs with the knocked-out genes, and its control labels, which differ in numbers only (NT1, NT2). If
-    several columns have some, the one whose other labels are genes. Raises BadInput unless just one reading is left."""
+    several columns have some, those with other labels that are genes. Raises BadInput unless just one reading is left,
+    and no column without control labels names more genes."""
     names, obs = TREATMENT_COLUMNS, cells.obs
     if settings.treatment_col is not None:
         names = [settings.treatment_col]
     columns = [c for c in names if c in obs]
     if not columns:
         raise BadInput(f"--treatment-col: no column {' or '.join(names)} in obs; it has {listed(obs.columns)}")
-    found, seen = [], []
+    found, seen, most = [], [], (0, "")
     for c in columns:
         words = sorted(set(obs[c].dropna().astype(str)))
         genes = set(labels.gene_names(cells, words)[1])
         upper = labels.by_upper_case(genes)
-        known = any(labels.gene_of(word, genes, upper) for word in words)
         controls = labels.controls_among(words, genes, settings.control)
+        known = sum(labels.gene_of(word, genes, upper) is not None for word in set(words) - set(controls))
+        most = max(most, (known, c))
         seen += words
         for kind in sorted({labels.stem(word) for word in controls}):
             found.append((known, c, [word for word in controls if labels.stem(word) == kind]))
     if any(known for known, _, _ in found):
         found = [reading for reading in found if reading[0]]
+    if len(found) == 1 and found[0][0] < most[0]:
+        words = listed(sorted(set(obs[most[1]].dropna().astype(str))))
+        raise BadInput(f"column '{most[1]}' names {most[0]} measured genes, and none of its labels is a control that "
+                       f"is known: {words}; column '{found[0][1]}' names {found[0][0]}, and has "
+                       f"{' = '.join(found[0][2])}. Choose with --treatment-col and --control")
     if len(found) != 1:
         readings = [f"'{c}': {' = '.join(controls)}" for _, c, controls in found]
         raise BadInput(f"{len(found)} kinds of control labels ({listed(readings)}) among the labels of "
@@ -188,12 +196,19 @@ def find_system(obs, settings: Settings) -> str:
 
 def label_cells(cells, settings: Settings):
     """The cells with counts in X, 'system' and 'treatment' ('' where unknown) in obs, and genes named by symbol; and
-    the control label. What the file has of the cells stays in obsm['file'], its names of the genes in var['file'], and
-    uns says where labels were. Raises BadInput for columns, labels, gene names and values that cannot be used."""
+    the control label. What the file has of the cells stays in obsm['file'], its names of the genes in
+    var['name_in_file'], and uns says where labels were. Raises BadInput for columns, labels, gene names and values that
+    cannot be used."""
     import pandas as pd
     where = "X"
+    if settings.log_transformed and cells.X is None:
+        raise BadInput("--log-transformed: the file has no X")
     if not settings.log_transformed:
         where, cells = labels.find_counts(cells)
+    kinds = cells.var.get("feature_types")
+    if kinds is not None and (kinds == "Gene Expression").any():  # Cell Ranger's files have guides and proteins too
+        print(f"  dropped {(kinds != 'Gene Expression').sum()} features that are not 'Gene Expression'")
+        cells = cells[:, (kinds == "Gene Expression").to_numpy()].copy()
     column, controls = find_treatment(cells, settings)
     system, control = find_system(cells.obs, settings), controls[0]
     words = cells.obs.astype(object).where(cells.obs.notna(), "").astype(str)
@@ -205,7 +220,7 @@ def label_cells(cells, settings: Settings):
     if system != "none":
         cells.obs["system"] = words[system]
     cells.obsm, cells.uns = {"file": original}, {"treatment_col": column}
-    cells.var["file"] = cells.var_names.to_numpy(str)
+    cells.var["name_in_file"] = cells.var_names.to_numpy(str)
     cells.var_names = names
     twice = sorted(set(cells.var_names[cells.var_names.duplicated()]))
     if twice:
@@ -215,7 +230,7 @@ def label_cells(cells, settings: Settings):
         kind = where
     print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {kind}")
     print(f"  treatment column '{column}', control '{control}', system column '{system}', genes by {place}")
-    changed = [f"{word} = {meant}" for word, meant in read.items() if word != meant]
+    changed = [f"{word} = {meant or 'nothing'}" for word, meant in read.items() if word != meant]
     if changed:
         print(f"  {len(changed)} labels read as others: {listed(changed)}")
     return cells, control
@@ -231,8 +246,9 @@ def check_values(cells, log_transformed: bool) -> str:
         if not np.all((values >= 0) & (values < np.inf)):  # NaN fails both
             block = cells[first : first + 1024].to_df()
             row, gene = np.argwhere(~((block >= 0) & (block < np.inf)).to_numpy())[0]
-            raise BadInput(f"gene {block.columns[gene]} in cell {block.index[row]} is {block.iat[row, gene]}, but raw "
-                           "counts are finite and not negative")
+            expected = "log-expression is" if log_transformed else "raw counts are"
+            raise BadInput(f"gene {block.columns[gene]} in cell {block.index[row]} is {block.iat[row, gene]}, but "
+                           f"{expected} finite and not negative")
         integers = integers and not np.any(values % 1)
     if log_transformed and integers:
         raise BadInput("--log-transformed, but all values are integers, like raw counts: leave the option out")

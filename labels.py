@@ -6,10 +6,14 @@ the error shows both, with the option that chooses each.
     labels that are read             as
     NT, ctrl, NT1 and NT2, WT, ...   control
     STAT1g2, STAT1_1, sgSTAT1-3      STAT1, if that is a measured gene
+    STAT1-KO, STAT1_P1P2_ACGTACGT    STAT1
     stat1, " STAT1"                  STAT1, if no two genes differ in case only
     STAT1+ctrl, ctrl_STAT1           STAT1
+    unassigned, multiplet, ...       nothing: nobody knows what was done to these cells
+    STAT1+JAK2, STAT1_GFP            nothing: a measured gene, and something besides
 """
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -20,10 +24,16 @@ from scales import BadInput
 SEPARATORS = r"[\s_\-.:|#/]"
 CONTROLS = ("control|ctrl|ctl|nt|ntc|non-?targeting|safe-?targeting|safe-?harbor|negative|neg|negctrl|negcontrol|"
             "wt|wildtype|unperturbed|untreated|nonperturbed|scrambled?|mock|intergenic|aavs1")
-CONTROL = re.compile(rf"({CONTROLS})({CONTROLS}|guide|sgrna|grna|sg|g)?\d*")
-GUIDE = re.compile(rf"({SEPARATORS}+(sgrna|grna|guide|sg|g)?|sgrna|grna|guide|sg|g){SEPARATORS}*\d+", re.IGNORECASE)
-BEFORE = re.compile(r"^(sgrna|grna|sg)(?=[A-Z0-9])[_\-]?")
-COUNT_LAYERS = ("counts", "raw_counts", "raw", "count", "umi", "umis", "spliced_counts")
+CONTROL = re.compile(rf"(sgrna|grna|sg)?({CONTROLS})({CONTROLS}|guide|sgrna|grna|sg|g|human|mouse)?\d*")
+NOTHING = re.compile(r"nan|na|n/a|none|unknown|un(assigned|mapped|determined)|ambiguous|ambient|multi(plet|ple)?s?|"
+                     r"doublets?")
+# What may follow a gene: a guide's number, KO, a promoter (P1P2), a strand, a sequence, an identifier.
+WORDS = r"sgrna|grna|guide|sg|g|ko|kd|crispri?|p1|p2|p1p2|[+\-]|[acgt]{8,}|ens[a-z]*\d+"
+AFTER = re.compile(rf"({SEPARATORS}+({WORDS})?{SEPARATORS}*\d*)+", re.IGNORECASE)
+GLUED = re.compile(rf"(sgrna|grna|guide|sg|g){SEPARATORS}*\d+")  # STAT1g2; but TUBG1 and Tubg1 are genes themselves
+BEFORE = re.compile(r"^(sgrna|grna|guide|sg)[_\-: ]", re.IGNORECASE)
+BEFORE_GLUED = re.compile(r"^(sgrna|grna|sg)(?=[A-Z0-9])")
+COUNT_LAYERS = ("counts", "raw_counts", "raw", "count", "umi", "umis", "matrix", "spliced_counts", "spliced")
 
 
 def is_control(label: str) -> bool:
@@ -46,17 +56,28 @@ def gene_of(label: str, genes: set[str], upper: dict[str, str]) -> str | None:
     label = label.strip()
     if label in genes:
         return label
-    parts = [part for part in re.split(r"[+;,&]|(?<=ctrl)_|_(?=ctrl)", label) if part and not is_control(part)]
+    parts = [part for part in re.split(r"(?<!_)\+(?!_)|[;,&]|(?<=ctrl)_|_(?=ctrl)", label) if part]  # _+_ is a strand
+    if len(parts) > 1:
+        parts = [part for part in parts if not is_control(part)]
     if len(parts) != 1:
         return None
     name = parts[0].strip()
-    for candidate in (name, BEFORE.sub("", name)):
+    for candidate in (name, BEFORE.sub("", name), BEFORE_GLUED.sub("", name)):
         if candidate.upper() in upper:
             return upper[candidate.upper()]
         for end in range(len(candidate) - 1, 0, -1):  # the longest gene that a guide's number follows
-            if candidate[:end].upper() in upper and GUIDE.fullmatch(candidate[end:]):
-                return upper[candidate[:end].upper()]
+            before, after = candidate[:end], candidate[end:]
+            glued = GLUED.fullmatch(after) and (before[-1].isdigit() or before[-1].isupper())
+            if before.upper() in upper and (glued or AFTER.fullmatch(after)):
+                return upper[before.upper()]
     return None
+
+
+def says_nothing(label: str, upper: dict[str, str]) -> bool:
+    """Is it unknown what was done to these cells, or something besides the knock-out of a measured gene?"""
+    label = label.strip()
+    parts = re.split(r"[\s_+;,&|/]+", label)
+    return NOTHING.fullmatch(label.lower()) is not None or any(part.upper() in upper for part in parts if len(part) > 1)
 
 
 def stem(label: str) -> str:
@@ -65,27 +86,40 @@ def stem(label: str) -> str:
 
 
 def controls_among(labels: Iterable[str], genes: set[str], asked: str | None) -> list[str]:
-    """The control labels: what was asked for; else all that look like one, and are no measured gene."""
-    if asked is not None:
-        return [label for label in labels if label.strip() == asked]
-    return [label for label in labels if is_control(label) and label.strip() not in genes]
+    """The control labels: what was asked for, and what differs from it in numbers only; else all that look like one.
+    No measured gene is among them, unless it was asked for."""
+    labels, upper = list(labels), by_upper_case(genes)
+
+    def named(label):  # WT1 and its guides; of the gene CTRL no control loses its name
+        gene = gene_of(label, genes, upper)
+        return label.strip() in genes or gene is not None and gene[-1].isdigit()
+
+    if asked is None:
+        return [label for label in labels if is_control(label) and not named(label)]
+    if asked not in {label.strip() for label in labels}:
+        return []
+    return [label for label in labels if label.strip() == asked or stem(label) == stem(asked) and not named(label)]
 
 
 def read_labels(labels: Iterable[str], genes: Iterable[str], control: str, controls: Iterable[str]) -> dict[str, str]:
-    """Label -> `control`, a measured gene, or what it says if it is neither."""
+    """Label -> `control`, a measured gene, nothing if that is what it says, or itself."""
     names, controls = set(genes), set(controls)
     upper = by_upper_case(names)
     found = {}
     for label in labels:
         if label in controls:
             found[label] = control
-        else:
-            found[label] = gene_of(label, names, upper) or label.strip()
+            continue
+        gene = gene_of(label, names, upper)
+        if gene is None and not says_nothing(label, upper):
+            gene = label.strip()
+        found[label] = gene or ""
     return found
 
 
 def gene_names(cells, labels: Iterable[str]) -> tuple[str, list[str]]:
-    """Where the genes' names are that most labels mean, 'var_names' or a column of var, and these names."""
+    """Where the genes' names are that most labels mean, 'var_names' or a column of var, and these names. A gene keeps
+    that of var_names where a column has none, or has it twice."""
     def known(names: list[str]) -> int:
         genes = set(names)
         upper = by_upper_case(genes)
@@ -95,7 +129,9 @@ def gene_names(cells, labels: Iterable[str]) -> tuple[str, list[str]]:
     places = {"var_names": list(map(str, cells.var_names))}
     for column in cells.var.columns:
         if cells.var[column].dtype == object or str(cells.var[column].dtype) in ("category", "string", "str"):
-            places[f"var['{column}']"] = cells.var[column].astype(str).tolist()
+            values = cells.var[column].astype(object).where(cells.var[column].notna(), "").astype(str)
+            once = (values != "") & ~values.duplicated(keep=False)
+            places[f"var['{column}']"] = values.where(once, cells.var_names).tolist()
     best = max(places, key=lambda place: known(places[place]))  # the first of equals
     return best, places[best]
 
@@ -126,22 +162,29 @@ def kind_of(values) -> str:
 
 def find_counts(cells) -> tuple[str, object]:
     """Where raw counts are, in words, and an AnnData whose X they are: X itself, a layer, or .raw; corrected counts
-    only where there are no others. Raises BadInput if there are none; negative values alone are left to data.py."""
-    places = {"X": lambda: cells}
-    for layer in sorted(cells.layers, key=lambda name: (name.lower() not in COUNT_LAYERS, name)):
-        def of_layer(layer=layer):
-            other = cells.copy()
-            other.X = other.layers[layer]
-            return other
+    only where there are no others. Raises BadInput if there are none, or only in several layers of unusual names;
+    negative values alone are left to data.py."""
+    def of_layer(name):
+        other = cells.copy()
+        other.X = other.layers[name]
+        return other
 
-        places[f"layer '{layer}'"] = of_layer
-    kinds = {"X": kind_of(cells.X)} | {f"layer '{name}'": kind_of(cells.layers[name]) for name in cells.layers}
+    usual = [name for wanted in COUNT_LAYERS for name in cells.layers if name.lower() == wanted]
+    unusual = sorted(set(cells.layers) - set(usual))
+    places = {}  # the first that has some is taken
+    if cells.X is not None:
+        places["X"] = cells.X, lambda: cells
+    places |= {f"layer '{name}'": (cells.layers[name], functools.partial(of_layer, name)) for name in usual}
     if cells.raw is not None:
-        places[".raw"], kinds[".raw"] = lambda: cells.raw.to_adata(), kind_of(cells.raw.X)
+        places[".raw"] = cells.raw.X, lambda: cells.raw.to_adata()
+    places |= {f"layer '{name}'": (cells.layers[name], functools.partial(of_layer, name)) for name in unusual}
+    kinds = {place: kind_of(values) for place, (values, _) in places.items()}
     for wanted in ("counts", "corrected counts"):
-        for place, get in places.items():
-            if kinds[place] == wanted:
-                return f"{wanted} (in {place})", get()
+        having = [place for place in places if kinds[place] == wanted]
+        if len(having) > 1 and having[0] in [f"layer '{name}'" for name in unusual]:
+            raise BadInput(f"{wanted} in {', '.join(having)}, and no name says which are meant: put those into X")
+        if having:
+            return f"{wanted} (in {having[0]})", places[having[0]][1]()
     if kinds == {"X": "negative"}:  # data.py says which value it is
         return "X", cells
     seen = "; ".join(f"{place}: {kind}" for place, kind in kinds.items())

@@ -12,7 +12,8 @@ or, in a notebook, on log-expression: `predict(control, experiments, query, gene
 Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). Of
 a checkpoint that was trained without --no-knock-out, such as one of the paper's form, it is a new cell. In each draw
 other control cells are taken, and K other experiments of the same biological context; an experiment on a gene that is
-not measured is of use too. What differs between draws is the spread of the table, which is no calibration.
+not measured is of use too. In the table, p compares cells that a model has made with those that it has made them of:
+the smaller the more cells, and no evidence. Nor is the share of draws, a spread, a probability.
 
     control    N D      control cells, natural log1p of normalised counts (equation 5)
     query      D        one-hot of the gene that is asked for
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import data
+import judge
 import labels
 import metrics
 import model
@@ -50,6 +52,11 @@ BOX = Path(__file__).parent / "checkpoints" / "screens.eqx"
 SIMPLE = ("identity", "target-only", "system-mean", "target-gene")  # what --evaluate compares with
 STEPS = 10  # Dopri5 steps, there and back
 GUIDANCE = 2.0  # of new cells, where the checkpoint has none (A.4)
+SHOWN = 4  # queries in the figure
+MEANING = {"wasserstein": "distance of predicted cells from true ones", "mmd": "another such distance",
+           "rmse": "error of a gene's mean", "pds": "is it this knock-out, or might it be another? 0.5: pure chance",
+           "auprc": "which genes answer", "variance_rmse": "error of a gene's variance"}
+ARROWS = {"lower": "↓", "higher": "↑", "one": "→ 1"}
 ADDED = ("predicted", "control_cell")  # columns of the output's obs
 
 
@@ -63,10 +70,10 @@ class Settings:
     validate: bool = False  # say what would be read as what, and stop
     evaluate: bool = False  # leave out each measured knock-out in turn, and compare with simple rules
     system: str | None = None  # biological context; by default the one with most knock-outs
-    treatment_col: str | None = None  # as for data.py
-    control: str | None = None
-    system_col: str | None = None
-    log_transformed: bool = False
+    treatment_col: str | None = None  # column of obs that names the knocked-out gene; found by its usual names
+    control: str | None = None  # its label for unperturbed cells, with or without a number; found by its usual names
+    system_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
+    log_transformed: bool = False  # X is normalised and natural log1p already: skip both
     min_cells: int = 30  # fewest cells of a knock-out that is used
     genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most; or all
     experiments: int | None = None  # K, of a draw, if there are as many; by default the most in training
@@ -125,9 +132,9 @@ def cells_of(checkpoint: Checkpoint, given: Given, *, key) -> Float[np.ndarray, 
 
 def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
               experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str, genes: list[str], context: int,
-              cells: int) -> tuple[Given, Int[np.ndarray, "N"]]:
+              cells: int) -> tuple[Given, Int[np.ndarray, "N"], list[str]]:
     """A draw: N = `cells` control cells, and K = `context` experiments besides that of the query, or all if there are
-    fewer; and which control cells they are. Raises BadInput without experiments."""
+    fewer; and which control cells and experiments they are. Raises BadInput without experiments."""
     names = [name for name in experiments if name != query]
     if not names:
         raise BadInput(f"no knock-out besides {query}: there is no context to learn from")
@@ -136,22 +143,38 @@ def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
     drawn = [experiments[name][tasks.draw(rng, len(experiments[name]), cells)] for name in chosen]
     treatments = np.array([[gene == name for gene in genes] for name in (query, *chosen)])
     given = Given(*map(np.float32, (control[rows], np.stack(drawn), treatments[1:], treatments[0])))
-    return given, rows
+    return given, rows, chosen
 
 
-def predict(control: Float[np.ndarray, "n G"], experiments: Mapping[str, Float[np.ndarray, "_ G"]], query: str,
-            genes: list[str], checkpoint: Path = BOX, cells: int = 200,
+def as_cells(name: str, values, genes: int) -> Float[np.ndarray, "n G"]:
+    """Cells as an array. Raises BadInput for another number of genes, no cells, and what is no log-expression."""
+    values = values.toarray() if hasattr(values, "toarray") else np.asarray(values, float)
+    if values.ndim != 2 or values.shape[1] != genes or not len(values):
+        raise BadInput(f"{name}: shape {values.shape}, expected cells x {genes} genes")
+    if not (np.isfinite(values) & (values >= 0)).all() or not (values % 1).any():
+        raise BadInput(f"{name}: expected natural log1p of normalised counts: finite, not negative, not all whole")
+    return values
+
+
+def predict(control, experiments: Mapping, query: str, genes: list[str], checkpoint: Path = BOX, cells: int = 200,
             seed: int = 0) -> tuple[Float[np.ndarray, "N G"], Float[np.ndarray, "N G"]]:
-    """N = `cells` control cells, and what each would be if gene `query` were knocked out. `experiments`: cells of known
-    knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All are natural log1p of
-    normalised counts. Raises BadInput for a query that is no measured gene, or without experiments."""
+    """N = `cells` control cells, and what each would be if gene `query` were knocked out. `control`: n cells x G genes;
+    `experiments`: cells of known knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All
+    are natural log1p of normalised counts, as arrays, sparse matrices or tables. Raises BadInput for a query that is no
+    measured gene, for arrays that cannot be meant, or without experiments."""
     if query not in genes:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
+    control = as_cells("control", control, len(genes))
+    experiments = {name: as_cells(name, each, len(genes)) for name, each in experiments.items()}
+    for name in experiments:
+        if name != query and labels.gene_of(name, {query}, {query.upper(): query}):
+            raise BadInput(f"experiments: '{name}' seems to be {query}, which is asked for; give experiments the names "
+                           "of genes, and those of one gene together")
     rng = scales.generator("sampling", seed)
     with jax.enable_x64(False):  # in a notebook it may be on: importing pertpy is enough
         loaded = load_checkpoint(checkpoint)
-        given, _ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
+        given, *_ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
         return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
 
 
@@ -165,8 +188,11 @@ def read(s: Settings):
     wanted = data.Settings(**source, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
                            holdout_system=s.system, log_transformed=s.log_transformed, min_cells=s.min_cells,
                            unmeasured=True, genes=20 if "dataset" in source else 3)
-    data.check(wanted)
-    cells, control, system = data.load(wanted)
+    try:
+        data.check(wanted)
+        cells, control, system = data.load(wanted)
+    except BadInput as error:  # of data.py, which has other names for two options
+        raise BadInput(str(error).replace("--holdout-system", "--system").replace("--h5ad ", "")) from None
     for column in ADDED:
         if column in cells.obsm["file"]:
             raise BadInput(f"{s.file}: its obs has a column '{column}', which predict.py writes. Rename it; or, if "
@@ -198,10 +224,16 @@ def read(s: Settings):
         raise BadInput(f"--genes {s.genes}: {cells.n_vars} genes of {cells.n_obs} cells want {gigabytes:.0f} GB of "
                        "memory, which this machine has not; ask for fewer")
     cells.uns |= {"normalisation": note, "system": system, "control": control}
-    names = sorted(perturbed)
-    print(f"system '{system}': {(cells.obs['treatment'] == control).sum():,} control cells, {len(names)} knock-outs, "
-          f"{len(perturbed & set(cells.var_names))} of them of the {cells.n_vars} genes that are predicted: "
-          f"{data.listed(names, 20)}; {note}; about {gigabytes:.1f} GB of memory")
+    predicted = sorted(perturbed & set(cells.var_names))
+    others = sorted(perturbed - set(strength.index))
+    print(f"system '{system}': {(cells.obs['treatment'] == control).sum():,} control cells, {len(perturbed)} "
+          f"knock-outs, {len(predicted)} of them of the {cells.n_vars} genes that are predicted: "
+          f"{data.listed(predicted, 20)}; {note}; about {gigabytes:.1f} GB of memory")
+    if others:
+        print(f"  read as knock-outs of genes that are not measured: {data.listed(others, 100)}")
+    for query in queries:
+        if perturbed <= {query}:
+            raise BadInput(f"no knock-out besides {query}: there is no context to learn from")
     return cells, control, queries
 
 
@@ -221,8 +253,28 @@ def pools(screen: Screen) -> dict[str, Float[np.ndarray, "_ G"]]:
     return {screen.treatment_names[t]: screen.pool(0, t) for t in known.tolist() if t != CONTROL}
 
 
+def verdict(name: str, table: dict[str, dict]) -> str:
+    """In words: is the prediction better in one metric than the best of the simple rules, on the same knock-outs?"""
+    metric = metrics.METRICS[name]
+    sign = -1 if metric.better == "higher" else 1
+    best = min(SIMPLE, key=lambda row: sign * table[row][name])
+    files = [[{"meta": {"split": 0}, "metrics": table[row]}] for row in ("prediction", best)]
+    item = judge.compare(*(judge.gather(file, name, lambda value: sign * value) for file in files))
+    if item["error"] is None:
+        words = "one knock-out tells nothing"
+    elif item["low"] > 0:
+        words = f"better than '{best}'"
+    elif item["high"] < 0:
+        words = f"the rule '{best}' is better on your data; do not believe the prediction in this respect"
+    else:
+        words = f"cannot be told apart from '{best}', which is simpler"
+    difference, error = item["difference"] * metric.factor, (item["error"] or 0) * metric.factor
+    return f"{metric.heading:>14} {difference:+9.3f} ± {error:.3f}  {words} ({MEANING[name]})"
+
+
 def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) -> None:
-    """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, in words."""
+    """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, and in words
+    whether it is better than they are."""
     import baselines
 
     folds, found = tasks.folds(screen, 10**6), {}
@@ -230,14 +282,15 @@ def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) 
         raise BadInput("--evaluate: needs two knock-outs of measured genes")
     for number, fold in enumerate(announced(folds, "knock-outs")):
         e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
+        e = e._replace(identity=e.given.controls)  # rules are applied to the cells that the network is applied to
         rng = scales.generator("evaluation", s.seed, number)
         name = fold.treatment_names[int(e.treatment[0])]
-        given, _ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, s.cells)
+        given, *_ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, s.cells)
         given = given._replace(controls=e.given.controls[0])
         cells = cells_of(checkpoint, given, key=scales.key("sampling", s.seed, number))
         found.setdefault("prediction", []).append(metrics.Predictions(
             e.given.controls, e.given.controls, e.target, cells[None], e.given.query, e.true_means(fold),
-            np.array(["s"]), True, {}))
+            np.array(fold.systems)[e.system], True, {}))
         for row in SIMPLE:
             p = baselines.predict(row, baselines.make(row, "laptop", fold, rng), fold, e, rng)
             found.setdefault(row, []).append(p)
@@ -248,17 +301,14 @@ def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) 
         table[row] = metrics.evaluate(metrics.Predictions(*arrays, True, {}))
     shown = [name for name in metrics.METRICS if all(numbers[name] is not None for numbers in table.values())]
     print(f"{len(folds)} knock-outs, each predicted from the others, {s.cells} cells:")
-    print(f"{'':14}" + "".join(f"{metrics.METRICS[name].heading:>16}" for name in shown))
+    headings = [f"{metrics.METRICS[name].heading} {ARROWS[metrics.METRICS[name].better]}" for name in shown]
+    print(f"{'':14}" + "".join(f"{heading:>16}" for heading in headings))
     for row, numbers in table.items():
         print(f"{row:14}" + "".join(f"{numbers[name] * metrics.METRICS[name].factor:16.3f}" for name in shown))
+    print("against the best simple rule (positive: the prediction is better; ± standard error over knock-outs):")
     for name in shown:
-        if metrics.METRICS[name].better == "one":
-            continue
-        sign = -1 if metrics.METRICS[name].better == "higher" else 1
-        best = min(table, key=lambda row: sign * table[row][name])
-        if best != "prediction":
-            print(f"{metrics.METRICS[name].heading}: the rule '{best}' is better on your data; do not believe the "
-                  "prediction in this respect")
+        if metrics.METRICS[name].better != "one":  # no rule can be better or worse than the others in that alone
+            print(verdict(name, table))
 
 
 # -------------------------------------------------------------------------------------------------------- what is made
@@ -269,6 +319,7 @@ class Draw(NamedTuple):
     rows: Int[np.ndarray, "N"]  # of all control cells
     before: Float[np.ndarray, "N G"]
     after: Float[np.ndarray, "N G"]
+    experiments: list[str]  # of the context
 
 
 def together(draws: list[Draw]) -> tuple[Float[np.ndarray, "n G"], Float[np.ndarray, "n G"]]:
@@ -277,19 +328,16 @@ def together(draws: list[Draw]) -> tuple[Float[np.ndarray, "n G"], Float[np.ndar
 
 
 def table_of(query: str, genes: list[str], draws: list[Draw]) -> list[dict]:
-    """Genes by how strongly they answer: log2 fold change and adjusted p of all draws together, and the share of draws
-    in which a gene is called by itself."""
-    controls, predicted = together(draws)
-    adjusted, change = (found[0] for found in metrics.differential_expression(controls[None], predicted[None]))
-    calls = []
-    for draw in draws:
-        p, l = (found[0] for found in metrics.differential_expression(draw.before[None], draw.after[None]))
-        calls.append((p < metrics.P_VALUE) & (np.abs(l) > metrics.FOLD_CHANGE))
-    share = np.mean(calls, axis=0)
+    """Genes by how strongly they answer, those that are called in most draws first: mean log2 fold change and median
+    adjusted p over draws, and the share of draws in which a gene is called."""
+    found = [metrics.differential_expression(draw.before[None], draw.after[None]) for draw in draws]
+    p, change = np.stack([p[0] for p, _ in found]), np.stack([l[0] for _, l in found])  # draws G
+    share = ((p < metrics.P_VALUE) & (np.abs(change) > metrics.FOLD_CHANGE)).mean(axis=0)
+    p, change = np.median(p, axis=0), change.mean(axis=0)
     rows = []
-    for i in np.argsort(-np.abs(change) * (adjusted < metrics.P_VALUE), kind="stable").tolist():
-        rows.append({"query": query, "gene": genes[i], "log2_fold_change": float(change[i]),
-                     "adjusted_p": float(adjusted[i]), "share_of_draws_called": float(share[i])})
+    for i in np.lexsort((-np.abs(change), -share)).tolist():
+        rows.append({"query": query, "gene": genes[i], "log2_fold_change": float(change[i]), "adjusted_p": float(p[i]),
+                     "share_of_draws_called": float(share[i])})
     return rows
 
 
@@ -298,18 +346,18 @@ def figure(path: Path, found: dict[str, list[Draw]], screen: Screen) -> None:
     import drawing
 
     panels = []
-    for query, draws in found.items():
+    for query, draws in list(found.items())[:SHOWN]:
         controls, predicted = together(draws)
         before, after = controls.mean(axis=0).tolist(), predicted.mean(axis=0).tolist()
         panels.append(drawing.Panel(f"do({query}): means", "control", "predicted", before,
                                     {"equal": [before], "genes": [after]}))
-        measured = np.concatenate([screen.pool(0, t)[:200] for t in range(1, len(screen.treatment_names))])
+        measured = np.concatenate([screen.pool(0, t) for t in range(1, len(screen.treatment_names))])
         centre = controls.mean(axis=0)
         plane = np.linalg.svd(np.concatenate([measured, controls]) - centre, full_matrices=False)[2][:2].T
         points = {"measured knock-outs": measured, "control": controls, "prediction": predicted}
-        points = {label: ((x[:400] - centre) @ plane).round(3).tolist() for label, x in points.items()}
+        points = {label: ((x[:: 1 + len(x) // 400] - centre) @ plane).round(3).tolist() for label, x in points.items()}
         panels.append(drawing.Panel(f"do({query}): cells", "PC 1", "PC 2", points=points))
-    content = {"panels": [panel._asdict() for panel in panels[:8]]}
+    content = {"panels": [panel._asdict() for panel in panels]}
     drawing.draw({"title": "Predicted knock-outs", "data": content}, "paper", path)
 
 
@@ -335,7 +383,7 @@ def annotated(found: dict[str, list[Draw]], controls, counterfactual: bool, made
     obs = pd.concat(tables)
     obs["control_cell"] = obs["control_cell"].fillna("")
     obs[column] = obs[column].astype("category")
-    var = controls.var.set_index("file")
+    var = controls.var.set_index("name_in_file")
     var.index.name = None
     return anndata.AnnData(np.concatenate(blocks).astype(np.float32), obs, var, uns={"prediction": made})
 
@@ -368,6 +416,8 @@ def main() -> None:
     screen = data.as_screen(cells, {"control": control, "title": "own screen", "section": "real"})
     if s.validate:
         print("the file can be used" + f"; can be asked for: {', '.join(queries)}" * bool(queries))
+        if not tasks.folds(screen, 10**6):
+            print("but not --evaluate, which needs two knock-outs of measured genes")
         return
     context = s.experiments or checkpoint.head["context"]
     if s.evaluate:
@@ -379,21 +429,26 @@ def main() -> None:
     todo = [(number, query, i) for number, query in enumerate(queries) for i in range(s.draws)]
     for number, query, i in announced(todo, "draws"):
         rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
-        given, rows = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes), context,
-                                s.cells)
+        given, rows, experiments = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes),
+                                             context, s.cells)
         after = cells_of(checkpoint, given, key=key)
-        found.setdefault(query, []).append(Draw(rows, given.controls, after))
+        found.setdefault(query, []).append(Draw(rows, given.controls, after, experiments))
     rows = []
     for query, draws in found.items():
         rows += table_of(query, list(cells.var_names), draws)
     made = {"checkpoint": str(s.checkpoint), "weights": scales.checksum(s.checkpoint), "revision": scales.revision(),
-            "normalisation": cells.uns["normalisation"], "system": cells.uns["system"],
+            "normalisation": cells.uns["normalisation"], "system": cells.uns["system"], "control": control,
+            "treatment_col": controls.uns["treatment_col"],
+            "file": scales.checksum(s.file) if s.file.is_file() else str(s.file),
+            "experiments": json.dumps({query: [draw.experiments for draw in found[query]] for query in queries}),
             "settings": json.dumps(dataclasses.asdict(s), default=str)}
     result = annotated(found, controls, checkpoint.counterfactual, made)
     write_h5ad(result, s.out)
     with scales.atomic(table) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     figure(picture, found, screen)
+    if len(found) > SHOWN:
+        print(f"{picture.name} shows the first {SHOWN} queries")
     print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {table.name}, {picture.name}")
 
 

@@ -94,12 +94,13 @@ def usual():
     ("perturbation", "control", "STAT1"), ("gene_target", "NT", "STAT1"), ("target_gene", "Non-Targeting", "STAT1"),
     ("condition", "ctrl", "STAT1+ctrl"), ("condition", "ctrl", "ctrl+STAT1"), ("gene", "CONTROL", "STAT1")])
 def test_usual_names_are_found(column, control, label):
-    """The column and control label of usual data sets need no option, and GEARS' 'GENE+ctrl' is GENE."""
+    """The column and control label of usual data sets need no option; GEARS' 'GENE+ctrl' is GENE, two genes
+    are none."""
     obs = pd.DataFrame({"batch": "1", column: pd.Categorical([label, control, "STAT1+JAK2", None])}, list("abcd"))
     cells = anndata.AnnData(np.ones((4, 2), np.float32), obs, pd.DataFrame(index=["STAT1", "JAK2"]))
     cells, found = data.label_cells(cells, data.Settings())
     assert found == control
-    assert list(cells.obs["treatment"]) == ["STAT1", control, "STAT1+JAK2", ""]
+    assert list(cells.obs["treatment"]) == ["STAT1", control, "", ""]
 
 
 @pytest.mark.parametrize("obs, asked, named", [
@@ -284,6 +285,26 @@ def test_test_cells_choose_nothing():
     assert abs(before - after)[tested].to_numpy().max() > 1  # the change did arrive
 
 
+def test_a_column_that_names_more_genes_is_not_passed_over():
+    """A stimulation with a control is not taken for the screen whose control label is unknown: both are shown."""
+    obs = pd.DataFrame({"gene_target": ["STAT1", "JAK2", "mystery", "mystery"],
+                        "condition": ["IFNG", "IFNG", "untreated", "untreated"]}, list("abcd"))
+    cells = anndata.AnnData(np.ones((4, 3), np.float32), obs, pd.DataFrame(index=["STAT1", "JAK2", "IFNG"]))
+    with pytest.raises(BadInput, match="'gene_target' names 2 measured genes.*mystery.*'condition' names 1.*--control"):
+        data.label_cells(cells.copy(), data.Settings())
+    asked = data.Settings(treatment_col="gene_target", control="mystery")
+    assert list(data.label_cells(cells, asked)[0].obs["treatment"]) == ["STAT1", "JAK2", "mystery", "mystery"]
+
+
+def test_features_that_are_no_genes_are_dropped(capsys):
+    """Cell Ranger writes guides and proteins beside the genes; their counts are no expression."""
+    var = pd.DataFrame({"feature_types": ["Gene Expression"] * 2 + ["CRISPR Guide Capture"]}, ["STAT1", "JAK2", "NT-1"])
+    obs = pd.DataFrame({"gene": ["STAT1", "NT-1"]}, ["a", "b"])
+    cells, control = data.label_cells(anndata.AnnData(np.ones((2, 3), np.float32), obs, var), data.Settings())
+    assert list(cells.var_names) == ["STAT1", "JAK2"] and control == "NT-1"
+    assert "dropped 1 features" in capsys.readouterr().out
+
+
 def test_dropped_cells_are_told(capsys):
     """Unmeasured targets, double knock-outs, cells without label or counts, and small conditions go, all counted."""
     cells = make_cells(sparse=False)
@@ -295,7 +316,9 @@ def test_dropped_cells_are_told(capsys):
     cells.obs["perturbation"] = labels
     result = processed(cells[np.setdiff1d(np.arange(cells.n_obs), small)].copy())
     out = capsys.readouterr().out
-    for told in ("dropped 2 cells", "dropped 7 cells of 2", ": TP53, t1+t2", "dropped 5 cells", "dropped 15 cells"):
+    for told in ("t1+t2 = nothing", "dropped 5 cells of 1 conditions without a system or treatment label",
+                 "dropped 4 cells of 1 treatments that are no measured gene", ": TP53",
+                 "dropped 5 cells of 1 conditions because they have no counts", "dropped 15 cells"):
         assert told in out
     assert result.n_obs == 2 * 7 * CELLS - 2 - 7 - 5 - 30
 

@@ -15,7 +15,7 @@ GENES = {"STAT1", "STAT2", "NKX2-1", "WT1", "TP53", "HLA-A", "Jak2", "NT5E", "IL
 @pytest.mark.parametrize("label", [
     "control", "CTRL", "NT", "nt", "NTC", "non-targeting", "Non_Targeting", "nontargeting", "safe-targeting", "NT1",
     "NT-2", "NTg1", "NT_sg3", "negCtrl", "neg_ctrl_4", "negative control", "WT", "wild type", "unperturbed", "scramble",
-    "AAVS1", "non-targeting control", "control_12"])
+    "AAVS1", "non-targeting control", "control_12", "sgNT-1", "sgNTC_2", "Non-Targeting_Human_0001"])
 def test_controls(label):
     assert labels.is_control(label)
 
@@ -30,11 +30,25 @@ def test_no_controls(label):
     ("STAT1-sg3", "STAT1"), ("STAT1.2", "STAT1"), ("STAT1_guide_2", "STAT1"), ("sgSTAT1", "STAT1"),
     ("sgSTAT1-3", "STAT1"), ("STAT1+ctrl", "STAT1"), ("ctrl+STAT1", "STAT1"), ("STAT1_ctrl", "STAT1"),
     ("NKX2-1", "NKX2-1"), ("NKX2-1_2", "NKX2-1"), ("WT1", "WT1"), ("JAK2", "Jak2"), ("HLA-A", "HLA-A"),
+    ("STAT1-KO", "STAT1"), ("STAT1 KO", "STAT1"), ("STAT1_ACGTACGTAC", "STAT1"), ("STAT1_P1P2_ENSG001", "STAT1"),
+    ("STAT1_+_5021_ACGTACGT", "STAT1"), ("sgRNA_STAT1_2", "STAT1"), ("WT1_1", "WT1"), ("TP53g1", "TP53"),
+    ("IL6G1", None), ("Il6-OE", None),
     ("STAT12", None), ("STAT1_STAT2", None), ("STAT1+STAT2", None), ("STAT3", None), ("TP", None), ("IL-6", None),
     ("STAT1_1_STAT2_1", None)])
 def test_genes(label, gene):
     """A guide's number is dropped only behind a separator or a g, so STAT12 is no STAT1; a pair of genes is no gene."""
     assert labels.gene_of(label, GENES, labels.by_upper_case(GENES)) == gene
+
+
+@pytest.mark.parametrize("label, nothing", [
+    ("unassigned", True), ("Multiplet", True), ("doublets", True), ("unknown", True), ("nan", True),
+    ("STAT1+STAT2", True), ("STAT1_1_STAT2_1", True), ("STAT1_GFP", True), ("GFP", False), ("STAT3", False),
+    ("NONO", False)])
+def test_labels_that_say_nothing(label, nothing):
+    """Nobody knows what was done to these cells; or it was a measured gene and something besides. Another gene, or a
+    marker, is an experiment."""
+    assert labels.says_nothing(label, labels.by_upper_case(GENES)) == nothing
+    assert (labels.read_labels([label], GENES, "NT", [])[label] == "") == nothing
 
 
 def test_genes_that_differ_in_case_only_are_told_apart():
@@ -49,6 +63,10 @@ def test_read_labels():
     controls = labels.controls_among(given, GENES, None)
     assert controls == ["NT1", "NT2"] and labels.controls_among(given, GENES, "GFP") == ["GFP "]
     assert len({labels.stem(label) for label in controls}) == 1 and labels.stem("WT") != labels.stem("NT-1")
+    assert labels.controls_among(["mock1", "mock2", "ctrl", "STAT1", "STAT2"], GENES, "mock2") == ["mock1", "mock2"]
+    assert labels.controls_among(["STAT1", "STAT2"], GENES, "STAT1") == ["STAT1"]
+    assert not labels.controls_among(["mock1"], GENES, "mock2") and not labels.controls_among(["WT1_1"], GENES, None)
+    assert labels.controls_among(["ctrl_1"], GENES | {"CTRL"}, None) == ["ctrl_1"]
     read = labels.read_labels(given, GENES, "NT1", controls)
     assert list(read.values()) == ["NT1", "NT1", "STAT1", "STAT1", "GFP", "WT1"]
 
@@ -58,6 +76,10 @@ def test_symbols_in_any_column():
         {"n": [1, 2, 3], "Symbol": ["STAT1", "STAT2", "IL6"], "x": ["a", "b", "c"]}, ["ENSG1", "ENSG2", "ENSG3"]))
     assert labels.gene_names(cells, ["stat1", "IL6_2"]) == ("var['Symbol']", ["STAT1", "STAT2", "IL6"])
     assert labels.gene_names(cells, ["ENSG1", "IL7"])[0] == "var_names"
+    cells.var["Symbol"] = ["STAT1", "ACTB", "ACTB"]  # 10x has some twice, and lacks others
+    assert labels.gene_names(cells, ["STAT1"])[1] == ["STAT1", "ENSG2", "ENSG3"]
+    cells.var["Symbol"] = ["STAT1", None, ""]
+    assert labels.gene_names(cells, ["STAT1"])[1] == ["STAT1", "ENSG2", "ENSG3"]
 
 
 COUNTS = np.random.default_rng(0).poisson(2.0, (40, 6)).astype(np.float32)
@@ -73,7 +95,8 @@ def test_where_counts_are(sparse):
     corrected[0, 0] = 39.97
 
     def found(x, layers=None, raw=None):
-        cells = anndata.AnnData(make(x), layers={k: make(v) for k, v in (layers or {}).items()})
+        cells = anndata.AnnData(None if x is None else make(x), layers={k: make(v) for k, v in (layers or {}).items()},
+                                shape=COUNTS.shape if x is None else None)
         if raw is not None:
             cells.raw = anndata.AnnData(make(raw))
         where, counts = labels.find_counts(cells)
@@ -84,10 +107,15 @@ def test_where_counts_are(sparse):
             (scaled, {"z": np.log1p(COUNTS), "counts": COUNTS}, None, "counts (in layer 'counts')", COUNTS),
             (np.log1p(COUNTS / 3), None, COUNTS, "counts (in .raw)", COUNTS),
             (corrected, None, None, "corrected counts (in X)", corrected),
-            (corrected, {"counts": COUNTS}, None, "counts (in layer 'counts')", COUNTS)):
+            (corrected, {"counts": COUNTS}, None, "counts (in layer 'counts')", COUNTS),
+            (scaled, {"ambiguous": COUNTS + 1, "matrix": COUNTS}, None, "counts (in layer 'matrix')", COUNTS),
+            (scaled, {"mine": COUNTS}, None, "counts (in layer 'mine')", COUNTS),
+            (None, {"counts": COUNTS}, None, "counts (in layer 'counts')", COUNTS)):
         place, counts = found(x, layers, raw)
         assert place == where
         np.testing.assert_allclose(counts, expected, rtol=1e-6)
+    with pytest.raises(BadInput, match="counts in layer 'one', layer 'two', and no name says which"):
+        found(scaled, {"two": COUNTS, "one": COUNTS})
     with pytest.raises(BadInput, match="X: fractions"):  # logarithms that happen to be nearly whole are no counts
         found(np.where(COUNTS > 0, 1.01, 0))
     with pytest.raises(BadInput, match="X: fractions.*layer 'z': negative.*--log-transformed"):

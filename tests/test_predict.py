@@ -1,6 +1,7 @@
 """Claims about predict.py: what a person with a file gets, and what is refused."""
 
 import dataclasses
+import json
 import sys
 
 import anndata
@@ -11,6 +12,7 @@ import jax.random as jr
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 
 import model
 import predict
@@ -72,9 +74,17 @@ def test_a_prediction(run, tmp_path):
     assert set(before.obs_names) == set(after.obs["control_cell"])
     here, there = after.obs["batch"], original.obs["batch"][after.obs["control_cell"]]
     np.testing.assert_array_equal(here.to_numpy(), there.to_numpy())
-    assert found.uns["prediction"]["weights"] == scales.checksum(tmp_path / "box.eqx")
+    made = found.uns["prediction"]
+    assert made["weights"] == scales.checksum(tmp_path / "box.eqx")
+    assert made["file"] == scales.checksum(tmp_path / "screen.h5ad") and made["control"] == "control"
+    told = json.loads(made["experiments"])
+    assert list(told) == ["m2", "t5"] and [len(names) for names in told["t5"]] == [2, 2]
+    assert set(sum(told["t5"], [])) <= {"t0", "t1", "t2", "t3", "t4", "GFP"}
     table = pd.read_csv(tmp_path / "out-genes.csv")
     assert len(table) == 2 * len(NAMES) and table["share_of_draws_called"].between(0, 1).all()
+    for _, part in table.groupby("query"):
+        order = list(zip(-part["share_of_draws_called"], -part["log2_fold_change"].abs()))
+        assert order == sorted(order)
     assert (tmp_path / "out-cells.png").stat().st_size > 1000
     with pytest.raises(BadInput, match="is there already"):
         run("--query", "m2")
@@ -131,6 +141,7 @@ def test_evaluation_compares_with_simple_rules(run):
     printed = run("--evaluate")
     assert "5 knock-outs, each predicted from the others" in printed
     assert all(row in printed for row in ("prediction", *predict.SIMPLE)) and "do not believe" in printed
+    assert "the rule 'target-only' is better on your data" in printed and "cannot be told apart from" in printed
 
 
 def test_passes_cover_all_genes_in_equal_sizes():
@@ -155,6 +166,16 @@ def test_on_arrays(checkpoint):
         predict.predict(control, experiments, "e", list("abcd"), checkpoint)
     with pytest.raises(BadInput, match="no knock-out besides"):
         predict.predict(control, {"b": control}, "b", list("abcd"), checkpoint)
+    table = pd.DataFrame(control, columns=list("abcd"))
+    again = predict.predict(table, {"a": scipy.sparse.csr_matrix(experiments["a"]), "unmeasured":
+                                    experiments["unmeasured"]}, "b", list("abcd"), checkpoint, cells=15)
+    np.testing.assert_array_equal(after, again[1])
+    for bad, why in (({"a": control[:, :3]}, "a: shape .50, 3., expected cells x 4 genes"),
+                     ({"a": control[:0]}, "a: shape .0, 4., expected"),
+                     ({"a": control - 1}, "a: expected natural log1p"), ({"a": np.round(9 * control)}, "not all whole"),
+                     ({"b_2": control}, "'b_2' seems to be b")):
+        with pytest.raises(BadInput, match=why):
+            predict.predict(control, bad, "b", list("abcd"), checkpoint)
 
 
 def test_the_checkpoint_in_the_box():
