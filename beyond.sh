@@ -62,14 +62,15 @@ ours() {
     on 1 "$PY" train.py --screen "$prior" ${OURS:+--updates $OURS} "${OURS_IS[@]}" --seed "$seed" \
       --name "exchangeable-$prior-seed$seed" "${TO[@]}"
   done; done
+  for seed in $(seq 0 $LAST); do
+    on 1 "$PY" train.py --screen linear-many --updates $LINEAR "${OURS_IS[@]}" --seed "$seed" \
+      --name "exchangeable-seed$seed" "${TO[@]}"
+  done
 }
 printf '\n== training both networks on all priors, %s seeds; their progress is in %s\n' "$SEEDS" "$OUT/$SCALE/*.log"
 papers > "$OUT/$SCALE/mappfn.log" 2>&1 & PAPERS_RUN=$!
 ours > "$OUT/$SCALE/exchangeable.log" 2>&1 || fail "see $OUT/$SCALE/exchangeable.log"
 wait $PAPERS_RUN || fail "see $OUT/$SCALE/mappfn.log"
-for seed in $(seq 0 $LAST); do
-  run train.py --screen linear-many --updates $LINEAR "${OURS_IS[@]}" --seed "$seed" --name "exchangeable-seed$seed" "${TO[@]}"
-done
 
 # Guidance 1: on training treatments of the leukemia screen, left out in turn, it had the least RMSE of 1, 1.5 and 2.
 predict() {  # predict SCREEN OPTIONS ROW...: what all trainings of these rows say, in cells of their own
@@ -77,19 +78,20 @@ predict() {  # predict SCREEN OPTIONS ROW...: what all trainings of these rows s
   for seed in $(seq 0 $LAST); do for row in "$@"; do models+=("$row-seed$seed"); done; done
   run sample.py --screen "$screen" --model "${models[@]}" --guidance 1 $options "${TO[@]}"
 }
-twins() {  # twins SCREEN ROW...: the same in counterfactual cells; these rows end in -cf
-  local screen=$1 models=() seed row; shift
+twins() {  # twins SCREEN OPTIONS ROW...: the same in counterfactual cells; these rows end in -cf
+  local screen=$1 options=$2 models=() seed row; shift 2
   for seed in $(seq 0 $LAST); do for row in "$@"; do models+=("$row-cf-seed$seed=$row-seed$seed"); done; done
-  run sample.py --screen "$screen" --model "${models[@]}" --guidance 1 --counterfactual --context-gain "${TO[@]}"
+  run sample.py --screen "$screen" --model "${models[@]}" --guidance 1 --counterfactual --steps 10 $options "${TO[@]}"
 }
 simple() { run -m baselines --screen "$1" "${TO[@]}" --methods identity target-only system-mean additive target-gene \
   bilinear-ridge constant-mean observed oracle ${2:+known-graph known-order}; }
 simple linear graph
 predict linear --context-gain exchangeable
-twins linear exchangeable
+twins linear --context-gain exchangeable
 for prior in $PRIORS; do
   simple "$prior"
   predict "$prior" "" "mappfn-$prior" "exchangeable-$prior"
+  twins "$prior" "" "mappfn-$prior" "exchangeable-$prior"
 done
 if [ "$LEUKEMIA" ]; then
   simple leukemia
@@ -101,10 +103,11 @@ if [ "$LEUKEMIA" ]; then
   done
   for prior in $PRIORS; do
     predict leukemia --context-gain "mappfn-$prior" "exchangeable-$prior"
-    twins leukemia "mappfn-$prior" "exchangeable-$prior"
+    twins leukemia --context-gain "mappfn-$prior" "exchangeable-$prior"
   done
   predict leukemia --context-gain exchangeable-panel-tuned
-  twins leukemia exchangeable-panel-tuned
+  twins leukemia --context-gain exchangeable-panel-tuned
+  run answer.py --screen leukemia --model exchangeable-panel-seed0 "${TO[@]}" || echo "no picture of IFNGR2 and JAK2"
 fi
 run metrics.py "$OUT/$SCALE/samples"
 run tables.py --beyond "${TO[@]}"

@@ -527,7 +527,8 @@ def make_grn(s: Settings, folder: Path) -> None:
             yield cells if s.what == "panel" else normalise(cells, median)
 
     values = np.ones((len(kept), s.genes), np.float32)  # a knock-out is 1 in the one-hot
-    kind = ("SERGIO" if s.what == "grn" else s.what) + ", unpaired" * s.unpaired
+    kind = "SERGIO" if s.what == "grn" else s.what
+    kind += ", unpaired" * s.unpaired + ", amplitude redrawn" * s.redraw_amplitude
     made = {"title": f"Gene regulatory networks ({kind})", "section": "grn"}
     write(s, folder, blocks(), count[kept], values, part[kept], True, made)
     shutil.rmtree(grn_path(s, 0).parent)

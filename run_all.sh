@@ -154,7 +154,7 @@ for screen in ${SCREENS[@]+"${SCREENS[@]}"}; do
   done
   stage "sample: $screen" sample.py --screen "$screen" --model "${MODELS[@]}" --context-gain "${TO[@]}"
   stage "sample: $screen, recommended" sample.py --screen "$screen" --model "${RECOMMENDED[@]}" --counterfactual \
-    --guidance 1 --context-gain "${TO[@]}"
+    --steps 10 --guidance 1 --context-gain "${TO[@]}"
   stage "baselines: $screen" -m baselines --screen "$screen" --seeds $(seeds grn | wc -l) "${TO[@]}"
 done
 stage "metrics" metrics.py "$ROOT/samples"

@@ -23,6 +23,7 @@ import numpy as np
 
 import costs
 import model
+import predict
 import prior
 import sample
 import scales
@@ -53,14 +54,17 @@ def peak() -> float:
 
 
 def random_task(genes: int, cells: int, experiments: int, batch: int) -> tasks.Task:
-    """Tasks of noise."""
+    """Tasks of log-counts that have nothing to do with each other."""
     rng = np.random.default_rng(0)
-    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+
+    def counts(*shape):
+        return np.log1p(rng.poisson(2.0, shape)).astype(np.float32)
+
     treatments = np.eye(genes, dtype=np.float32)[: experiments + 1]
     treatments = np.broadcast_to(treatments, (batch, *treatments.shape))
-    given = tasks.Given(normal((batch, cells, genes)), normal((batch, experiments, cells, genes)), treatments[:, 1:],
+    given = tasks.Given(counts(batch, cells, genes), counts(batch, experiments, cells, genes), treatments[:, 1:],
                         treatments[:, 0])
-    return tasks.Task(given, normal((batch, cells, genes)))
+    return tasks.Task(given, counts(batch, cells, genes))
 
 
 def update(genes: int = 20, cells: int = 100, experiments: int = 4, **settings) -> tuple[float, float]:
@@ -108,24 +112,18 @@ def accurate(network: eqx.Module, given: tasks.Given, guidance: float) -> int:
 
 
 def sampling() -> None:
-    """Against the paper's network, guided, in 100 steps, which are 601 evaluations of twice as many cells."""
+    """The checkpoint in the box, against the paper's network, guided, in 100 steps, which are 601 evaluations of twice
+    as many cells, and take as long whether it is trained or not."""
     given = random_task(20, 100, 4, 1).given
-    released = None
-    for name, settings, guidances in (("the paper's network", PAPERS, (2.0,)),
-                                      ("exchangeable, width 48, 3 blocks", OURS | {"width": 48, "depth": 3, "heads": 4},
-                                       (2.0, 1.0))):
-        s = train.Settings(**settings)
-        network = model.build(s, 20, key=jr.key(0))
-        for guidance in guidances:
-            run = functools.partial(sample.generate, network, given, guidance, key=jr.key(1))
-            steps = accurate(network, given, guidance)
-            if released is None:
-                released = seconds(lambda: run(100))
-                print(f"sampling, 100 cells of 20 genes, {name}, 100 steps: {released:.2f} s a task")
-            spent = seconds(lambda: run(steps))
-            print(f"sampling, {name}, guidance {guidance:g}, {steps} steps, to 1e-3: {spent:.3f} s, "
-                  f"{released / spent:.0f} times")
-    print("(untrained networks; `python figures.py` shows the error of trained ones)")
+    papers = model.build(train.Settings(**PAPERS), 20, key=jr.key(0))
+    released = seconds(lambda: sample.generate(papers, given, 2.0, 100, key=jr.key(1)))
+    print(f"sampling, 100 cells of 20 genes, the paper's network, 100 steps: {released:.2f} s a task")
+    network = predict.load_checkpoint(predict.BOX).network
+    for guidance in (2.0, 1.0):
+        steps = accurate(network, given, guidance)
+        spent = seconds(lambda: sample.generate(network, given, guidance, steps, key=jr.key(1)))
+        print(f"sampling, checkpoint, guidance {guidance:g}, {steps} steps, to 1e-3: {spent:.3f} s, "
+              f"{released / spent:.0f} times")
 
 
 def simulators() -> None:
@@ -149,13 +147,28 @@ def simulators() -> None:
 
 
 def growth() -> None:
-    """Seconds of an update of the exchangeable network, width 48, 3 blocks, as sizes grow."""
-    base = 8 / update(**OURS, width=48, depth=3, heads=4)[0]
-    for name, sizes in {"genes": (50, 100), "cells": (200, 400), "experiments": (1, 8)}.items():
-        for size in sizes:
-            spent = 8 / update(**OURS, width=48, depth=3, heads=4, **{name: size})[0]
-            print(f"exchangeable, {size} {name} instead of {({'genes': 20, 'cells': 100, 'experiments': 4})[name]}: "
-                  f"{spent / base:.2f} times as long")
+    """Seconds of an update of the exchangeable network, of a task sampled with it, and of a GRN, as sizes grow."""
+    network = predict.load_checkpoint(predict.BOX).network
+
+    def an_update(**sizes):
+        return 8 / update(**OURS, width=48, depth=3, heads=4, **sizes)[0]
+
+    def a_sample(**sizes):
+        given = random_task(**sizes, batch=1).given
+        return seconds(lambda: sample.generate(network, given, 1.0, 10, key=jr.key(1)))
+
+    def a_network(genes, cells, experiments):
+        own, number = prior.Settings("causal", genes=genes), iter(range(10**6))
+        return seconds(lambda: prior.simulate_own(own, next(number), cells))
+
+    least = {"genes": 20, "cells": 100, "experiments": 4}
+    for what in (an_update, a_sample, a_network):
+        base = what(**least)
+        for name, sizes in {"genes": (50, 100), "cells": (200, 400), "experiments": (1, 16)}.items():
+            for size in sizes:
+                if what != a_network or name != "experiments":
+                    print(f"{what.__name__}, {size} {name} instead of {least[name]}: "
+                          f"{what(**least | {name: size}) / base:.2f} times as long")
 
 
 PARTS = {"training": training, "sampling": sampling, "simulators": simulators, "growth": growth}

@@ -107,7 +107,7 @@ def test_system_mean_recovers_a_constant_shift():
 
 def test_known_graph_approaches_the_truth(tmp_path):
     """On linear SCMs, told the graph or its order, what a knock-out does to other variables is found the better the
-    more cells there are, better from the graph than from the order, and spreads are as they should be."""
+    more cells there are, and spreads are as they should be."""
     import prior
     s = prior.Settings("linear", genes=6, systems=0, validation=0, test=40, test_population=4000, out=tmp_path)
     prior.make_linear(s, prior.screen_folder(s))

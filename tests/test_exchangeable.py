@@ -130,7 +130,7 @@ def test_partial_correlations_by_hand():
 
 
 def test_used_as_the_papers_network():
-    """It trains, and is saved and loaded, by its name; `slots` say nothing; bad sizes are refused."""
+    """It is built by its name; `slots` say nothing; bad sizes are refused."""
     net = model.build(SMALL, GENES, key=jr.key(0))
     x = jax.tree.map(jnp.asarray, inputs())
     given = Given(x["controls"], x["context"], x["context_treatments"], x["query"])

@@ -23,7 +23,7 @@ def test_pathways_have_many_targets_and_no_cycle():
     for seed in range(8):
         before = strengths(seed)
         strength, factors, signals_to = panel.add_pathways(np.random.default_rng(seed), before)
-        assert ((strength[:, factors] != 0).sum(axis=0) >= 0.04 * GENES).all() or (before[:, factors] != 0).any()
+        assert ((strength[:, factors] != 0).sum(axis=0) >= 0.04 * GENES).all()
         reached = panel.reaches(strength != 0) & ~np.eye(GENES, dtype=bool)
         assert not (reached & reached.T).any()
         assert set(signals_to) - {-1} == set(factors.tolist()) and (signals_to[factors] == -1).all()
