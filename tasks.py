@@ -170,7 +170,10 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
         if no_knock_out and task_rng.random() < no_knock_out:
             t = CONTROL
         chosen = np.concatenate([[CONTROL, t], experiments(task_rng, screen, s, t, context)])
-        rows.append([screen.start[s, i] + draw(task_rng, int(screen.count[s, i]), cells) for i in chosen])
+        picked = [draw(task_rng, int(screen.count[s, i]), cells) for i in chosen]
+        if t == CONTROL:  # not the cells that are given: those have the given means, and other cells have not
+            picked[:2] = draw(task_rng, int(screen.count[s, CONTROL]), 2 * cells).reshape(2, cells)
+        rows.append(screen.start[s, chosen][:, None] + picked)
         treatments.append(screen.treatments[s, chosen])
         if permute or genes:  # after everything else, so that the draws are the same without it
             order = task_rng.permutation(len(screen.genes))
