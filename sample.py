@@ -52,7 +52,7 @@ class Settings(EvaluationSettings):
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 25  # Dopri5 steps of the flow [D9]
     counterfactual: bool = False  # what becomes of each control cell, not new cells
-    context: int | None = None  # K, at most; by default as in training
+    context: int | None = None  # K; by default as in training, or as many as there are
     context_gain: bool = False  # predict also with a context that says nothing (`uninformed`), for tables to compare
 
 
@@ -270,11 +270,11 @@ def augmented(network: eqx.Module, given: Given, size: int, subsets: int, rng: n
 # ------------------------------------------------------------------------------------------------------------ the stage
 
 
-def most_experiments(screen: Screen) -> int:
-    """Largest K that every test task of a screen can have."""
+def most_experiments(screen: Screen, most: int = SLOTS) -> int:
+    """Largest K, up to `most`, that every test task of a screen can have."""
     held_out = (screen.split == tasks.TEST).any(axis=1)
     known = np.isin(screen.split[held_out, 1:], tasks.KNOWN).sum(axis=1)
-    return int(min([SLOTS, *known]))
+    return int(min([most, *known]))
 
 
 def uninformed(given: Given, how: str) -> Given:
@@ -319,8 +319,11 @@ def jobs(s: Settings) -> list[Job]:
             if s.counterfactual and not head.get("no_knock_out"):
                 raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
-            if (s.context or 0) > SLOTS and not model.takes_any_genes(network):
+            if (s.context or 0) > model.most_context(network):
                 raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
+            most = most_experiments(screen, model.most_context(network))
+            if (s.context or 0) > most:
+                raise BadInput(f"--context {s.context}: {folder} has only {most} experiments beside a query")
             if genes != len(screen.genes) and not model.takes_any_genes(network):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):
@@ -346,7 +349,7 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
         guidance = guidance_of(s, job.file)
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
     wanted = head["context"] if s.context is None else s.context
-    context = min(wanted, most_experiments(screen))
+    context = min(wanted, most_experiments(screen, model.most_context(network)))
     evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
     given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)

@@ -399,9 +399,10 @@ def check(s: Settings) -> None:
         raise BadInput(f"--seed {s.seed}: expected less than {SPLIT_SEEDS}")
     if s.target_cells > s.cells:
         raise BadInput(f"--target-cells {s.target_cells}: expected at most --cells, {s.cells}")
-    if s.context > SLOTS:
+    network = model.outline(model.architecture(s), 2)
+    if s.context > model.most_context(network):
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
-    if s.any_size and not model.takes_any_genes(model.outline(model.architecture(s), 2)):
+    if s.any_size and not model.takes_any_genes(network):
         raise BadInput(f"--any-size: {s.network} has weights of its own for each gene; use exchangeable.Exchangeable")
     if s.micro_batch % jax.device_count():
         raise BadInput(f"--micro-batch {s.micro_batch}: must be a multiple of the number of devices, "

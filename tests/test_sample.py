@@ -272,7 +272,9 @@ def stage(monkeypatch, main):
 def test_stage_writes_what_it_says_and_is_skipped_next_time(stage, settings, trained, monkeypatch):
     """One file for each row, split and draw, with the tasks that were evaluated and all that tells where it comes from;
     other settings are refused. Of five treatments of each held-out graph two are for testing, so three are known."""
-    assert sample.most_experiments(trained.screen) == 3
+    assert sample.most_experiments(trained.screen) == 3 and sample.most_experiments(trained.screen, 2) == 2
+    with pytest.raises(BadInput, match="--context 4: .*split-0 has only 3 experiments"):
+        stage(dataclasses.replace(settings, context=4))
     stage(settings)
     evaluation = tasks.evaluation_tasks(trained.screen, CELLS, 2)
     file = settings.out / "smoke" / "samples" / "dags" / "mappfn-seed0-split0-draw0.npz"

@@ -293,6 +293,7 @@ def test_a_network_of_any_size_meets_every_size(like, trained):
         found.add((context, genes))
     assert found == {(context, genes) for context in (1, 2, 3) for genes in (5, 2)}
     assert train.sizes(like(any_size=True, context=0), 5, 0)[0] == 0 and train.sizes(s, 1, 0)[1] == 1
+    train.check(like(any_size=True, network="exchangeable.Exchangeable", context=16))  # more than there are slots
 
 
 def test_held_out_graphs_are_not_trained_on(like, trained):
