@@ -76,6 +76,15 @@ def test_tables_are_the_report_s():
         assert len(rows) == 6 and lines == tables.markdown(rows, tuple(wanted.split()), paper=False)
 
 
+def test_the_page_beyond_the_paper_quotes_its_reports():
+    """Each number with an error on that page stands in one of the two reports."""
+    folder = ROOT / "results" / "beyond"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    reports = "".join((folder / name).read_text(encoding="utf-8") for name in ("report.md", "report-50-genes.md"))
+    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", page)
+    assert len(quoted) > 60 and not [number for number in quoted if number not in reports]
+
+
 def test_the_readme_is_short():
     """At most 10 kB."""
     assert len(README.encode()) <= 10_000
