@@ -92,6 +92,8 @@ def test_networks_of_as_many_genes_compile_once():
 
 NETWORK = np.zeros((7, 7))  # A -> B -> C -> D as above; F and G regulate E together with A
 NETWORK[[1, 2, 3, 4, 4, 4], [0, 1, 2, 0, 5, 6]] = 4.0, 3.0, 5.0, 2.0, 3.0, 4.0
+HILL = np.full((7, 7), 2.0)
+HILL[[1, 3, 4], [0, 2, 5]] = 1.0, 3.0, 1.0
 SPEEDS, RATE = np.array([0.5, 0.8, 1.0, 0.6, 0.9, 0.7, 0.75]), 2.0
 
 
@@ -100,7 +102,7 @@ def theirs(knocked_out: int | None, cells: int, seed: int, noise=0.7) -> np.ndar
     genes = [sergio_rs.Gene(f"{i:04}", speed) for i, speed in enumerate(SPEEDS)]
     grn = sergio_rs.GRN()
     for target, source in np.argwhere(NETWORK):
-        grn.add_interaction(genes[source], genes[target], NETWORK[target, source], None, 2)
+        grn.add_interaction(genes[source], genes[target], NETWORK[target, source], None, int(HILL[target, source]))
     grn.set_mrs()
     rates = sergio_rs.MrProfile.from_random(grn, 1, (RATE - 2e-6, RATE - 1e-6), (RATE, RATE + 1e-6), 1)
     if knocked_out is not None:
@@ -114,7 +116,7 @@ def theirs(knocked_out: int | None, cells: int, seed: int, noise=0.7) -> np.ndar
 
 def ours(cells: int, seed: int, noise=0.7) -> np.ndarray:
     """The same by our simulator, for control and all knock-outs."""
-    k = simulator.pack(NETWORK, np.full((7, 7), 2.0), np.where(NETWORK.any(axis=1), 0, RATE), SPEEDS, noise)
+    k = simulator.pack(NETWORK, HILL, np.where(NETWORK.any(axis=1), 0, RATE), SPEEDS, noise)
     return np.asarray(simulator.sergio_knock_outs(k, jnp.full(7, RATE), cells, key=jr.key(seed)))
 
 
@@ -146,7 +148,7 @@ def test_sergio_moves_direct_targets_only(long):
         assert after[A] == 0 and after[B] == pytest.approx(RATE / SPEEDS[B], rel=0.1)
         assert after[E] / before[E] == pytest.approx(7 / 9, rel=0.1)
         np.testing.assert_allclose(after[[C, D]], before[[C, D]], rtol=0.15)
-    causal = simulator.pack(NETWORK, np.full((7, 7), 2.0), np.where(NETWORK.any(axis=1), 0, RATE), SPEEDS, 0.0)
+    causal = simulator.pack(NETWORK, HILL, np.where(NETWORK.any(axis=1), 0, RATE), SPEEDS, 0.0)
     wild, without_a = np.asarray(simulator.knock_outs(causal, 2, key=jr.key(0)))[[0, 1 + A], 0]
     assert (without_a[[B, C, D]] < 0.01 * wild[[B, C, D]]).all()
 
