@@ -81,6 +81,9 @@ def of_pairs(given: Given) -> Float[Array, "D D f"]:
     dose = given.context_treatments
     power = (dose**2).sum(axis=0)  # D
     seen = jnp.einsum("ki,kjf->ijf", dose, answers) / jnp.where(power > 0, power, 1)[:, None, None]
+    # How strong are knock-outs in this screen? The share that they took of the expression of their genes, all together.
+    lost = jnp.sum((1 - untouched) * (means - mean)) / jnp.maximum(jnp.sum((1 - untouched) * mean), LEAST)
+    lost = jnp.clip(lost, -1, 1)
     # Do i and j answer alike? Also to a treatment of an unmeasured gene.
     alike = jnp.einsum("ki,kj->ij", standard, standard) / max(len(standard), 1)
 
@@ -88,7 +91,7 @@ def of_pairs(given: Given) -> Float[Array, "D D f"]:
     about = of_genes(given)
     both = jnp.broadcast_arrays(about[:, None], about[None])
     features = [alone, together, together**2, partial_correlations(alone), partial_correlations(together), alike,
-                known, jnp.eye(len(power))]
+                known, jnp.eye(len(power)), jnp.full_like(alone, lost), jnp.diag(lost * mean)]
     return jnp.concatenate([jnp.stack(features, axis=-1), seen, *both], axis=-1)
 
 
@@ -166,10 +169,6 @@ class CellBlock(eqx.Module):
         y = everywhere(self.norm, x) * (1 + film[:, 2]) + film[:, 3]
         return x + everywhere(self.each, y)
 
-
-# --------------------------------------------------------------------------------------------------------- the network
-
-
 class Condition(NamedTuple):
     """All that does not depend on noise and time; where there are two, with the query and without."""
     genes: Float[Array, "2 D E"]
@@ -199,7 +198,7 @@ class Exchangeable(eqx.Module):
             raise BadInput(f"width {a.width} must be at least 4, and a multiple of twice the number of heads "
                            f"({a.heads}); depth ({a.depth}) at least 1")
         keys, width = jr.split(key, 7), a.width
-        self.pairs_in = eqx.nn.Linear(20, width, key=keys[0])
+        self.pairs_in = eqx.nn.Linear(22, width, key=keys[0])
         self.pair_blocks = tuple(PairBlock(width, key=key) for key in jr.split(keys[1], a.depth))
         self.pair_norm = eqx.nn.LayerNorm(width)
         # a gene: itself, what the query does to it, what it does to the query; dose, is it the query, is there one

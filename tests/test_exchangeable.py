@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+import exchangeable
 import model
 from exchangeable import LEAST, Exchangeable, partial_correlations
 from model import SLOTS, Architecture
@@ -127,6 +128,19 @@ def test_partial_correlations_by_hand():
     precision = np.linalg.inv(correlation + 0.1 * np.eye(3))
     assert found[0, 1] == pytest.approx(-precision[0, 1] / np.sqrt(precision[0, 0] * precision[1, 1]), abs=1e-5)
     assert abs(found[0, 2]) < 0.2 < found[0, 1]
+
+
+def test_how_strong_knock_outs_are_is_told():
+    """Of every gene, also one that no experiment treats: the share of expression that was lost in the context, and what
+    would be lost of its own. Nothing is, without experiments."""
+    rng = np.random.default_rng(0)
+    controls, hit = rng.poisson(5.0, (60, GENES)).astype(np.float32), np.eye(GENES, dtype=np.float32)[1:3]
+    context = np.stack([controls * (1 - 0.6 * treatment) for treatment in hit])
+    for experiments, lost in ((2, -0.6), (0, 0.0)):
+        given = Given(*map(jnp.asarray, (controls, context[:experiments], hit[:experiments], hit[0])))
+        features = exchangeable.of_pairs(given)
+        np.testing.assert_allclose(features[..., 8], lost, rtol=1e-5)
+        np.testing.assert_allclose(jnp.diag(features[..., 9]), lost * controls.mean(axis=0), rtol=1e-5)
 
 
 def test_used_as_the_papers_network():
