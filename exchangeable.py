@@ -169,6 +169,7 @@ class CellBlock(eqx.Module):
         y = everywhere(self.norm, x) * (1 + film[:, 2]) + film[:, 3]
         return x + everywhere(self.each, y)
 
+
 class Condition(NamedTuple):
     """All that does not depend on noise and time; where there are two, with the query and without."""
     genes: Float[Array, "2 D E"]

@@ -330,7 +330,7 @@ def architecture(s: Architecture) -> Architecture:
     return Architecture(**{field.name: getattr(s, field.name) for field in dataclasses.fields(Architecture)})
 
 
-def most_context(network: eqx.Module) -> int:
+def slots_of(network: eqx.Module) -> int:
     """Largest K that a network can be given: its context slots, or as many as there are."""
     return 10**6 if takes_any_genes(network) else SLOTS
 

@@ -91,8 +91,8 @@ def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int,
     `counterfactual` [D57]: what each control cell would be under the query, not new cells. The flow can be inverted, so
     the noise that a cell comes from is found by solving from 1 to 0 without a knock-out (abduction); from there on the
     query acts, and guidance exaggerates how it differs from no knock-out. What the network gets wrong about a screen
-    cancels: a query of no knock-out returns the cell, in 25 steps to 1e-3 (of the checkpoint in the box, on leukemia, to
-    0.002, root mean square; in 10 steps to 0.010, which moves no metric by a hundredth of it; in 5 to 0.034).
+    cancels: a query of no knock-out returns the cell, in 25 steps to 1e-3 (root mean square, of the checkpoint in the
+    box on leukemia; in 10 steps to 0.011, which moves no metric by a hundredth of it; in 5 to 0.032).
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from
     which no value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
@@ -319,9 +319,9 @@ def jobs(s: Settings) -> list[Job]:
             if s.counterfactual and not head.get("no_knock_out"):
                 raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
-            if (s.context or 0) > model.most_context(network):
+            if (s.context or 0) > model.slots_of(network):
                 raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
-            most = most_experiments(screen, model.most_context(network))
+            most = most_experiments(screen, model.slots_of(network))
             if (s.context or 0) > most:
                 raise BadInput(f"--context {s.context}: {folder} has only {most} experiments beside a query")
             if genes != len(screen.genes) and not model.takes_any_genes(network):
@@ -349,7 +349,7 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
         guidance = guidance_of(s, job.file)
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
     wanted = head["context"] if s.context is None else s.context
-    context = min(wanted, most_experiments(screen, model.most_context(network)))
+    context = min(wanted, most_experiments(screen, model.slots_of(network)))
     evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
     given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)

@@ -400,7 +400,7 @@ def check(s: Settings) -> None:
     if s.target_cells > s.cells:
         raise BadInput(f"--target-cells {s.target_cells}: expected at most --cells, {s.cells}")
     network = model.outline(model.architecture(s), 2)
-    if s.context > model.most_context(network):
+    if s.context > model.slots_of(network):
         raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
     if s.any_size and not model.takes_any_genes(network):
         raise BadInput(f"--any-size: {s.network} has weights of its own for each gene; use exchangeable.Exchangeable")
