@@ -14,8 +14,7 @@ of one pair of genes holds for all, and it takes any number of genes, experiment
     pairs      D D C   what is known of gene i and gene j
     genes      2 D E   what is known of each gene, with the query [0] and without [1]
 
-    K context experiments   M cells of a population, N generated   D genes   E = C embedding (width)
-    L blocks (depth)   H matrices of each (heads)
+    K experiments   M cells, N generated   D genes   E = C embedding (width)   L blocks (depth)   H matrices (heads)
 
 [D57] What it is worth: beyond.sh. A treatment of zeros is an experiment on an unmeasured gene, a query of zeros is no
 knock-out. The null condition drops the query only: guidance exaggerates a knock-out, not how bright a screen is.
@@ -54,7 +53,11 @@ def correlations(cells: Float[Array, "*K M D"]) -> Float[Array, "*K D D"]:
 
 def partial_correlations(correlation: Float[Array, "D D"]) -> Float[Array, "D D"]:
     """Of two genes, given all others; with a ridge, since there may be fewer cells than genes."""
-    precision = jnp.linalg.inv(correlation + RIDGE * jnp.eye(len(correlation)))
+    matrix = correlation + RIDGE * jnp.eye(len(correlation))
+    # Newton's iteration for the inverse (Schulz, 1933): LAPACK's, in batches, can hang two devices of a CPU for good.
+    precision = jnp.eye(len(matrix)) / jnp.trace(matrix)
+    for _ in range(10 + int(math.log2(len(matrix)))):
+        precision = 2 * precision - jnp.einsum("ij,jk,kl->il", precision, matrix, precision, precision="highest")
     scale = jnp.sqrt(jnp.diag(precision))
     return -precision / scale[:, None] / scale
 
@@ -105,8 +108,7 @@ def zero(linear: eqx.nn.Linear) -> eqx.nn.Linear:
 
 def everywhere(layer, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
     """A layer, on the last axis."""
-    flat = jax.vmap(layer)(x.reshape(-1, x.shape[-1]))
-    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+    return jax.vmap(layer)(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class PairBlock(eqx.Module):
@@ -222,8 +224,7 @@ class Exchangeable(eqx.Module):
 
         def known(query, asked):
             does, undergoes = jnp.einsum("i,ijc->jc", query, pairs), jnp.einsum("i,jic->jc", query, pairs)
-            dose = query.sum()
-            flags = jnp.stack([query, query != 0, jnp.full_like(query, dose), jnp.full_like(query, asked)], axis=-1)
+            flags = jnp.stack([query, query != 0, jnp.full_like(query, query.sum()), jnp.full_like(query, asked)], -1)
             genes = everywhere(self.genes_in, jnp.concatenate([about, does, undergoes, flags], axis=-1))
             shift, stretch = everywhere(self.gaussian, genes).T
             mean, sd, _ = moments(given.controls)
@@ -238,8 +239,7 @@ class Exchangeable(eqx.Module):
     def __call__(self, y_tau: Float[Array, "N D"], tau: Float[Array, ""], condition: Condition,
                  drop: Bool[Array, ""]) -> Float[Array, "N D"]:
         """Velocity of each cell (equation 3). `drop` True: as if nobody had said what is asked for."""
-        which = drop.astype(int)
-        genes, mean, sd = condition.genes[which], condition.mean[which], condition.sd[which]
+        genes, mean, sd = (both[drop.astype(int)] for both in condition[:3])
         variance = tau**2 * sd**2 + (1 - tau) ** 2  # of Y_tau, if Y is the Gaussian
         residual = y_tau - tau * mean
         gaussian = mean + (tau * sd**2 - (1 - tau)) / variance * residual  # E[Y - Y_0 | Y_tau]

@@ -130,10 +130,8 @@ def simulators() -> None:
     """Conditions a second, from the graph to the counts: sergio-rs in one process, which takes one core, and ours in
     one, which takes what JAX takes."""
     for genes, cells in ((20, 100), (50, 200)):
-        s = prior.Settings("grn", genes=genes)
-        start = time.perf_counter()
-        prior.simulate_grn(s, 0, cells)
-        theirs = (1 + genes) / (time.perf_counter() - start)
+        s, number = prior.Settings("grn", genes=genes), iter(range(10**6))
+        theirs = (1 + genes) / seconds(lambda: prior.simulate_grn(s, next(number), cells))
         print(f"sergio-rs, {genes} genes x {cells} cells (8 of 200 independent): {theirs:.0f} conditions/s")
         for what in ("causal", "sergio"):
             own, number = prior.Settings(what, genes=genes), iter(range(10**6))

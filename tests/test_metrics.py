@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import metrics
+import strength
 from scales import BadInput
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -285,3 +286,15 @@ def test_stage_writes_json_once(tmp_path, monkeypatch, main, capsys):
     monkeypatch.setitem(metrics.METRICS, "again", added)
     main(metrics, tmp_path)
     assert json.loads(path.read_text())["metrics"]["again"] == first["metrics"]["rmse"]
+
+
+def test_change_of_the_treated_gene():
+    """Cells in which only the treated gene moves, by -0.5 in truth and by -0.2 as predicted."""
+    controls = np.full((2, 40, 5), 2, np.float32)
+    treatments = np.eye(5, dtype=np.float32)[:2]
+    p = predictions(controls=controls, source=controls, target=controls - 0.5 * treatments[:, None],
+                    prediction=controls - 0.2 * treatments[:, None], treatments=treatments)
+    before, true, predicted = strength.own_change(p)
+    assert before == close([2, 2])
+    assert true == close([-0.5, -0.5])
+    assert predicted == close([-0.2, -0.2])

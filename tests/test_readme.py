@@ -73,7 +73,7 @@ def test_tables_are_the_report_s():
         lines = text.strip().splitlines()
         titles = [line.split("|")[1].strip() for line in lines[2:]]
         rows = [row for row in document["tables"][name]["rows"] if row["title"] in titles]
-        assert len(rows) == 6 and lines == tables.markdown(rows, tuple(wanted.split()), paper=False)
+        assert len(rows) == len(titles) >= 6 and lines == tables.markdown(rows, tuple(wanted.split()), paper=False)
 
 
 def test_the_page_beyond_the_paper_quotes_its_reports():
