@@ -174,7 +174,7 @@ PARTS = {"training": training, "sampling": sampling, "simulators": simulators, "
 if __name__ == "__main__":
     if len(sys.argv) != 2:  # each by itself, with the cores divided as its stage does
         for part in sys.argv[1:] or PARTS:
-            subprocess.run([sys.executable, __file__, part], check=True)
+            subprocess.run([sys.executable, "-u", __file__, part], check=True)
         sys.exit()
     if sys.argv[1] != "simulators":
         train.use_all_cores(8)

@@ -130,6 +130,25 @@ def test_partial_correlations_by_hand():
     assert abs(found[0, 2]) < 0.2 < found[0, 1]
 
 
+def test_partial_correlations_of_many_genes_and_few_cells():
+    """200 genes, half of them the same one, and 60 cells: the inverse is that of LAPACK in float64."""
+    rng = np.random.default_rng(0)
+    cells = rng.normal(size=(60, 200))
+    cells[:, :100] = cells[:, :1]
+    correlation = np.corrcoef(cells.T)
+    precision = np.linalg.inv(correlation + 0.1 * np.eye(200))
+    scale = np.sqrt(np.diag(precision))
+    found = partial_correlations(jnp.asarray(correlation, jnp.float32))
+    assert np.abs(found + precision / scale[:, None] / scale).max() < 1e-4
+
+
+def test_nothing_calls_lapack():
+    """On a CPU its batches can wait for each other for good when several devices call it at once (jaxlib 0.10)."""
+    tasks = {name: jnp.stack([jnp.asarray(x)] * 8) for name, x in inputs().items()}
+    program = eqx.filter_jit(eqx.filter_vmap(compiled, in_axes=(None, 0))).lower(network(), tasks).as_text()
+    assert "dot_general" in program and "lapack" not in program
+
+
 def test_how_strong_knock_outs_are_is_told():
     """Of every gene, also one that no experiment treats: the share of expression that was lost in the context, and what
     would be lost of its own. Nothing is, without experiments."""
