@@ -201,7 +201,7 @@ class Exchangeable(eqx.Module):
             raise BadInput(f"width {a.width} must be at least 4, and a multiple of twice the number of heads "
                            f"({a.heads}); depth ({a.depth}) at least 1")
         keys, width = jr.split(key, 7), a.width
-        self.pairs_in = eqx.nn.Linear(22, width, key=keys[0])
+        self.pairs_in = eqx.nn.Linear(22, width, key=keys[0])  # features of `of_pairs`
         self.pair_blocks = tuple(PairBlock(width, key=key) for key in jr.split(keys[1], a.depth))
         self.pair_norm = eqx.nn.LayerNorm(width)
         # a gene: itself, what the query does to it, what it does to the query; dose, is it the query, is there one

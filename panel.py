@@ -10,8 +10,9 @@ A screen of real cells differs from "all knock-outs of a random network" in four
     partial     a knock-out leaves some of the mRNA. Cas9 destroys the protein all the same, CRISPRi leaves as much of
                 it as of the mRNA; some cells escape. How much is a property of the screen and of the gene.
     chosen      biologists perturb what they expect to matter: members of pathways, mostly, and other regulators.
-    selected    of many genes those are kept that answer: by data.py's own normalisation and ranking, on some of the
-                conditions, since those that are to be predicted have no say.
+    selected    of many genes those are kept that answer: by data.py's own normalisation and ranking, on 70% of the
+                conditions; in a laboratory the others were yet to be measured. Which are asked for later is another
+                draw (prior.uses): of these, too, 70% had a say in which genes are there.
 
     D genes that are kept   G = LARGER D genes of the network   T conditions, control first   P perturbed genes
     N cells of a condition
@@ -37,6 +38,8 @@ STRONGER = 1.0, 3.0  # of its effects, beside those of other regulators
 PERTURBED = 8, 24    # genes: fewest, of which half can be held out and four are left as context, and most
 IN_PATHWAY = 0.75    # share of the perturbed genes
 ESCAPE = 0.4         # largest share of cells that a knock-out of a gene misses
+LIBRARY = 4.5, 6.5   # mean of the log library size, for 50 genes: from dim screens to bright ones
+DROPOUT = 0.0, 80.0  # percentile of the dropout curve: with the library, a tenth to three quarters of zeros
 
 
 def reaches(parents: Bool[np.ndarray, "G G"]) -> Bool[np.ndarray, "G G"]:
@@ -103,7 +106,7 @@ def changes(rng: np.random.Generator, perturbed: Int[np.ndarray, "P"], signals_t
 def select(rng: np.random.Generator, counts: Int[np.ndarray, "T N G"], perturbed: Int[np.ndarray, "P"],
            genes: int) -> tuple[Float[np.ndarray, "T N D"], Int[np.ndarray, "D"]]:
     """Log-expression of the perturbed genes and the markers, by the functions that prepare real cells; and which genes
-    they are. Some conditions, to be predicted, have no say."""
+    they are. Some conditions have no say."""
     conditions, cells, size = counts.shape
     names = [f"g{i}" for i in range(size)]
     treatments = ["control"] + [names[gene] for gene in perturbed]
@@ -131,8 +134,8 @@ def simulate(rng: np.random.Generator, key, network, rates: Float[np.ndarray, "G
     perturbed = choose_perturbed(rng, strength, members, genes)
     change = changes(rng, perturbed, signals_to, 1 + min(PERTURBED[1], genes), cells)  # as many in all: compiled once
     expression = np.asarray(simulator.conditions(kinetics, change, cells, key=key), np.float64)[: 1 + len(perturbed)]
-    library = rng.uniform(4.5, 6.5) + np.log(size / 50), network.library[1]
-    counts = simulator.technical_noise(rng, expression, network.outlier, library, rng.uniform(0, 80))
+    library = rng.uniform(*LIBRARY) + np.log(size / 50), network.library[1]
+    counts = simulator.technical_noise(rng, expression, network.outlier, library, rng.uniform(*DROPOUT))
     log_expression, chosen = select(rng, counts, perturbed, genes)
     found = [log_expression[0]]
     for gene in chosen.tolist():

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -75,7 +75,7 @@ class Settings:
     system_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
     log_transformed: bool = False  # X is normalised and natural log1p already: skip both
     min_cells: int = 30  # fewest cells of a knock-out that is used
-    genes: int = 100  # that are predicted: queries, knocked-out genes and those that answer most; or all
+    genes: int | Literal["all"] = 100  # that are predicted: queries, knocked-out genes and those that answer most
     experiments: int | None = None  # K, of a draw, if there are as many; by default the most in training
     cells: int = 200  # control cells of a draw, each of which gives a predicted one
     draws: int = 5  # with other control cells and other experiments
@@ -156,12 +156,20 @@ def as_cells(name: str, values, genes: int) -> Float[np.ndarray, "n G"]:
     return values
 
 
-def predict(control, experiments: Mapping, query: str, genes: list[str], checkpoint: Path = BOX, cells: int = 200,
+def predict(control, experiments: Mapping, query: str | int, genes: list | None = None,
+            checkpoint: Path | Checkpoint = BOX, cells: int = 200,
             seed: int = 0) -> tuple[Float[np.ndarray, "N G"], Float[np.ndarray, "N G"]]:
     """N = `cells` control cells, and what each would be if gene `query` were knocked out. `control`: n cells x G genes;
     `experiments`: cells of known knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All
-    are natural log1p of normalised counts, as arrays, sparse matrices or tables. Raises BadInput for a query that is no
-    measured gene, for arrays that cannot be meant, or without experiments."""
+    are natural log1p of normalised counts, as arrays, sparse matrices or tables. Without `genes`, these have the names
+    of the table's columns, or the numbers of the array's. Raises BadInput for a query that is no measured gene, for
+    arrays that cannot be meant, or without experiments."""
+    if genes is None:
+        genes = getattr(control, "columns", range(np.shape(control)[1]))
+    if any(isinstance(name, (int, np.integer)) for name in (query, *experiments)):  # columns, by their numbers
+        genes, query = range(len(genes)), int(query)
+    genes, query = [str(gene) for gene in genes], str(query)
+    experiments = {str(name): each for name, each in experiments.items()}
     if query not in genes:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
@@ -173,7 +181,7 @@ def predict(control, experiments: Mapping, query: str, genes: list[str], checkpo
                            "of genes, and those of one gene together")
     rng = scales.generator("sampling", seed)
     with jax.enable_x64(False):  # in a notebook it may be on: importing pertpy is enough
-        loaded = load_checkpoint(checkpoint)
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         given, *_ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
         return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
 
@@ -214,7 +222,7 @@ def read(s: Settings):
     perturbed = set(cells.obs["treatment"]) - {control}
     first = [*dict.fromkeys(queries), *(gene for gene in strength.index if gene in perturbed and gene not in queries)]
     order = [*first, *(gene for gene in strength.index if gene not in first)]
-    kept = set(order[: s.genes]) | set(queries)
+    kept = set(order if s.genes == "all" else order[: s.genes]) | set(queries)
     cells = cells[:, [gene for gene in cells.var_names if gene in kept]].copy()  # in the order of the file
     shown = cells.obs["treatment"].isin([control, *cells.var_names])
     cells.obs.loc[~shown, "use"] = KNOWN_ONLY  # experiments, which cannot be asked for
@@ -351,11 +359,13 @@ def figure(path: Path, found: dict[str, list[Draw]], screen: Screen) -> None:
         before, after = controls.mean(axis=0).tolist(), predicted.mean(axis=0).tolist()
         panels.append(drawing.Panel(f"do({query}): means", "control", "predicted", before,
                                     {"equal": [before], "genes": [after]}))
-        measured = np.concatenate([screen.pool(0, t) for t in range(1, len(screen.treatment_names))])
-        centre = controls.mean(axis=0)
-        plane = np.linalg.svd(np.concatenate([measured, controls]) - centre, full_matrices=False)[2][:2].T
+        measured = np.concatenate([screen.pool(0, t)[:100] for t in range(1, len(screen.treatment_names))])
         points = {"measured knock-outs": measured, "control": controls, "prediction": predicted}
-        points = {label: ((x[:: 1 + len(x) // 400] - centre) @ plane).round(3).tolist() for label, x in points.items()}
+        points = {label: x[:: 1 + len(x) // 400] for label, x in points.items()}
+        centre = controls.mean(axis=0)
+        spread = np.concatenate([points["measured knock-outs"], points["control"]]) - centre
+        plane = np.linalg.svd(spread, full_matrices=False)[2][:2].T
+        points = {label: ((x - centre) @ plane).round(3).tolist() for label, x in points.items()}
         panels.append(drawing.Panel(f"do({query}): cells", "PC 1", "PC 2", points=points))
     content = {"panels": [panel._asdict() for panel in panels]}
     drawing.draw({"title": "Predicted knock-outs", "data": content}, "paper", path)
@@ -443,10 +453,12 @@ def main() -> None:
             "experiments": json.dumps({query: [draw.experiments for draw in found[query]] for query in queries}),
             "settings": json.dumps(dataclasses.asdict(s), default=str)}
     result = annotated(found, controls, checkpoint.counterfactual, made)
-    write_h5ad(result, s.out)
-    with scales.atomic(table) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    figure(picture, found, screen)
+    with scales.alone(s.out):
+        write_h5ad(result, s.out)
+        with scales.atomic(table) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+        figure(picture, found, screen)
+    print(f"{table.name}: the share of draws in which a gene is called is a spread, and no probability that it answers")
     if len(found) > SHOWN:
         print(f"{picture.name} shows the first {SHOWN} queries")
     print(f"{s.out}: {result.n_obs} cells x {result.n_vars} genes, and {table.name}, {picture.name}")

@@ -1,14 +1,15 @@
 """Stage 1 of 8, the priors: draw random causal systems, knock out each of their nodes in turn, and keep the cells.
 
 Paper: 4 "Structural Causal Models", "Synthetic Biological Prior"; 5.1; B.1 (linear SCMs); B.2, Tables 5, 6 (GRNs); B.4.
-Reads nothing. Writes a screen (tasks.py), `screens/<linear, grn or grn-unpaired>/split-0/` below out/<scale>, of
+Reads nothing. Writes a screen (tasks.py), `screens/<linear, grn, causal, ...>/split-0/` below out/<scale>, of
 training systems, then systems held out for validation, then systems held out for the tables.
 
     python prior.py linear --scale smoke|laptop|paper    linear SCMs: 1 s, 2 s, 10 s (0.9 GB)
     python prior.py grn --scale smoke|laptop             gene regulatory networks: 2 s, 2 minutes on 2 cores
     python prior.py grn --scale laptop --unpaired        the ablation of Table 4 and Figure 2
     python prior.py causal --scale laptop                GRNs whose knock-outs reach what is downstream (simulator.py)
-    python prior.py panel --scale laptop                 the same, made as screens are made (panel.py)
+    python prior.py panel --scale laptop                 the same, made as screens are made (panel.py): 3 minutes
+    python prior.py sergio --scale laptop                sergio-rs's own equations in our simulator, to compare
     python prior.py grn --scale paper --workers 64       6,000 GRNs of 50 genes: about 4 core-hours, 13 GB
     python prior.py grn --scale paper --num-shards 100 --shard $SLURM_ARRAY_TASK_ID    a share of them in each job of
                                                          a cluster array; the line above then finishes the screen
@@ -66,12 +67,12 @@ class Settings:
     test: int = 60  # more of them, held out for tables and figures (ours) [D10]
     population: int = 200  # cells of a condition (B.2)
     test_population: int = 200  # cells of a condition of a held-out system
-    dropout: tuple[float, float] = (45.0, 82.0)  # GRNs: range of the dropout percentile (B.2, Table 6) [D51]
+    dropout: tuple[float, float] = (45.0, 82.0)  # GRNs, but panel: range of the dropout percentile (B.2, Table 6) [D51]
     unpaired: bool = False  # GRNs: new noise for each condition, not the "counterfactual paired" prior (6)
     redraw_amplitude: bool = False  # with unpaired: another amplitude of it for each condition, as released [D19]
     seed: int = 0  # of everything; the same seed gives the same files
     # nothing below changes what is drawn
-    name: str = ""  # of the screen; default: linear, grn or grn-unpaired
+    name: str = ""  # of the screen; default: that of the prior
     out: Path = Path("out")  # everything is below out/<scale>
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for GRNs
     num_shards: int = 16  # shares of the GRNs, for cluster arrays

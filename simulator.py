@@ -1,7 +1,7 @@
 """A simulator of gene regulatory networks of our own, beside sergio-rs: all knock-outs and cells of a network at once.
 
-Paper: B.2 and Table 6 say what is simulated; the model is SERGIO's (Dibaeinia and Sinha, 2020). `prior.py causal` calls
-it. Reads and writes nothing. Departure: D57.
+Paper: B.2 and Table 6 say what is simulated; the model is SERGIO's (Dibaeinia and Sinha, 2020). `prior.py sergio`,
+`causal` and `panel` call it. Reads and writes nothing. Departure: D57.
 
 A gene is produced at a rate P that its regulators set, and decays at a rate lambda. Both are noisy, as counts of
 molecules are, which in the limit of many molecules is the chemical Langevin equation

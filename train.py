@@ -425,6 +425,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     first = update_tasks(s, screen, 0, share)  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
     head = header(s, folder, screen) | {"revision": scales.revision()} | (about or {})
+    head["screen_settings"] = screen.made.get("settings")  # of prior.py or data.py
     head["parameters"] = model.count_parameters(state.parameters)
     update = update_function or make_update(s, static, mesh)
     validate, held_out = make_validation(s, static), validation_tasks(s, screen)
@@ -460,7 +461,8 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
         bar.update()
     bar.close()
     if chief:
-        model.write_leaves(folder / "model.eqx", head | {"update": s.updates}, averaged(s, here(state)))
+        done = {"update": s.updates, "seconds": seconds(folder / "log.csv")}
+        model.write_leaves(folder / "model.eqx", head | done, averaged(s, here(state)))
         (folder / "checkpoint.eqx").unlink(missing_ok=True)
     multihost_utils.sync_global_devices("the model is written")  # nobody goes on before
     return update
