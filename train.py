@@ -461,8 +461,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
         bar.update()
     bar.close()
     if chief:
-        done = {"update": s.updates, "seconds": seconds(folder / "log.csv")}
-        model.write_leaves(folder / "model.eqx", head | done, averaged(s, here(state)))
+        model.write_leaves(folder / "model.eqx", head | {"update": s.updates}, averaged(s, here(state)))
         (folder / "checkpoint.eqx").unlink(missing_ok=True)
     multihost_utils.sync_global_devices("the model is written")  # nobody goes on before
     return update
