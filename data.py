@@ -55,6 +55,7 @@ class Settings:
     control: str | None = None  # its label for unperturbed cells; found by its usual names
     system_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
     holdout_system: str | None = None  # the one with the test treatments; by default that with most treatments
+    layer: str | None = None  # of raw counts; by default X, a layer with a usual name, or .raw
     log_transformed: bool = False  # the values are normalised and natural log1p already: skip both
     genes: int = 50  # genes D that are kept (B.3)
     unmeasured: bool = False  # keep knock-outs of other genes too, as experiments of the context [D57]
@@ -62,7 +63,7 @@ class Settings:
     toy_treatments: int = 0  # of each system of the toy; 0: seven for every eight genes
     splits: int = 1  # number of random splits (B.4)
     seed: int = 0  # seed of the first split; the next ones count up
-    data_dir: Path = Path("out/downloads")  # where downloads are kept
+    data_dir: Path | None = None  # where downloads are kept; by default "downloads" below out
     out: Path = Path("out")  # everything is written below out/<scale>
 
 
@@ -204,7 +205,7 @@ def label_cells(cells, settings: Settings):
     if settings.log_transformed and cells.X is None:
         raise BadInput("--log-transformed: the file has no X")
     if not settings.log_transformed:
-        where, cells = labels.find_counts(cells)
+        where, cells = labels.find_counts(cells, settings.layer)
     kinds = cells.var.get("feature_types")
     if kinds is not None and (kinds == "Gene Expression").any():  # Cell Ranger's files have guides and proteins too
         print(f"  dropped {(kinds != 'Gene Expression').sum()} features that are not 'Gene Expression'")
@@ -477,7 +478,7 @@ def load(settings: Settings):
     file = settings.h5ad
     if settings.dataset in DOWNLOADS:
         _, column, control, system = DOWNLOADS[settings.dataset]
-        file = file or download(settings.dataset, settings.data_dir)
+        file = file or download(settings.dataset, settings.data_dir or settings.out / "downloads")
         settings = dataclasses.replace(settings, treatment_col=settings.treatment_col or column,
                                        control=settings.control or control, system_col=settings.system_col or system)
     cells = simulate_toy(settings) if settings.dataset == "toy" else read(file)
@@ -507,6 +508,8 @@ def describe(settings: Settings, name: str) -> dict:
         given[field] = getattr(settings, field)
     if settings.unmeasured:
         given["unmeasured"] = True
+    if settings.layer:
+        given["layer"] = settings.layer
     if settings.toy_treatments:
         given["toy_treatments"] = settings.toy_treatments
     title = name

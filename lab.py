@@ -7,6 +7,7 @@
 
 # %%
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 import metrics
 import tasks
 
-OUT = Path("out/laptop")
+SCALE = os.environ.get("SCALE", "laptop")  # SCALE=smoke only shows that all of it runs
+OUT = Path("out") / SCALE
 
 
 def run(*words: str) -> None:
     """A stage, as on the command line."""
-    subprocess.run([sys.executable, *words], check=True)
+    subprocess.run([sys.executable, *words, "--scale", SCALE], check=True)
 
 
 # %% [markdown]
@@ -69,7 +71,7 @@ plt.savefig(OUT / "lab-2.png", dpi=100)
 # %%
 run("sample.py", "--screen", "linear", "--model", "mappfn-seed0=linear-seed0", "--context-gain")
 run("-m", "baselines", "--screen", "linear", "--methods", "identity", "target-only", "known-graph", "oracle")
-run("metrics.py", str(OUT / "samples" / "linear"))
+subprocess.run([sys.executable, "metrics.py", str(OUT / "samples" / "linear")], check=True)
 for row in ("mappfn-seed0", "mappfn-seed0~controls", "target-only", "known-graph", "oracle"):
     numbers = json.loads((OUT / "samples" / "linear" / f"{row}-split0-draw0.json").read_text())["metrics"]
     print(f"{row:24} RMSE {numbers['rmse']:.3f}  PDS {numbers['pds']:.3f}  R2 {numbers['off_target_r2']:.2f}")

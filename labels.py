@@ -102,7 +102,8 @@ def controls_among(labels: Iterable[str], genes: set[str], asked: str | None) ->
 
 
 def read_labels(labels: Iterable[str], genes: Iterable[str], control: str, controls: Iterable[str]) -> dict[str, str]:
-    """Label -> `control`, a measured gene, nothing if that is what it says, or itself."""
+    """Label -> `control`, a measured gene, nothing if that is what it says, or itself. Raises BadInput for a label that
+    is two genes but for its case."""
     names, controls = set(genes), set(controls)
     upper = by_upper_case(names)
     found = {}
@@ -111,6 +112,10 @@ def read_labels(labels: Iterable[str], genes: Iterable[str], control: str, contr
             found[label] = control
             continue
         gene = gene_of(label, names, upper)
+        same = [name for name in names if gene is None and name.upper() == label.strip().upper()]
+        if same:
+            raise BadInput(f"label '{label}': {' or '.join(sorted(same))}? These genes differ in case only; rename the "
+                           "label as the one that is meant")
         if gene is None and not says_nothing(label, upper):
             gene = label.strip()
         found[label] = gene or ""
@@ -160,15 +165,17 @@ def kind_of(values) -> str:
     return "fractions"
 
 
-def find_counts(cells) -> tuple[str, object]:
-    """Where raw counts are, in words, and an AnnData whose X they are: X itself, a layer, or .raw; corrected counts
-    only where there are no others. Raises BadInput if there are none, or only in several layers of unusual names;
-    negative values alone are left to data.py."""
+def find_counts(cells, layer: str | None = None) -> tuple[str, object]:
+    """Where raw counts are, in words, and an AnnData whose X they are: that layer, or X itself, a layer, or .raw;
+    corrected counts only where there are no others. Raises BadInput if there are none, or only in several layers of
+    unusual names; negative values alone are left to data.py."""
     def of_layer(name):
         other = cells.copy()
         other.X = other.layers[name]
         return other
 
+    if layer is not None and layer not in cells.layers:
+        raise BadInput(f"--layer {layer}: there is none of that name; layers: {', '.join(cells.layers) or 'none'}")
     usual = [name for wanted in COUNT_LAYERS for name in cells.layers if name.lower() == wanted]
     unusual = sorted(set(cells.layers) - set(usual))
     places = {}  # the first that has some is taken
@@ -178,11 +185,13 @@ def find_counts(cells) -> tuple[str, object]:
     if cells.raw is not None:
         places[".raw"] = cells.raw.X, lambda: cells.raw.to_adata()
     places |= {f"layer '{name}'": (cells.layers[name], functools.partial(of_layer, name)) for name in unusual}
+    if layer is not None:
+        places = {f"layer '{layer}'": (cells.layers[layer], functools.partial(of_layer, layer))}
     kinds = {place: kind_of(values) for place, (values, _) in places.items()}
     for wanted in ("counts", "corrected counts"):
         having = [place for place in places if kinds[place] == wanted]
         if len(having) > 1 and having[0] in [f"layer '{name}'" for name in unusual]:
-            raise BadInput(f"{wanted} in {', '.join(having)}, and no name says which are meant: put those into X")
+            raise BadInput(f"{wanted} in {', '.join(having)}, and no name says which are meant: choose with --layer")
         if having:
             return f"{wanted} (in {having[0]})", places[having[0]][1]()
     if kinds == {"X": "negative"}:  # data.py says which value it is

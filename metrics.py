@@ -409,13 +409,11 @@ def prediction_files(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def up_to_date(path: Path) -> bool:
-    """Whether all metrics of this file of predictions exist, with those of its conditions, and are not older."""
-    result = path.with_suffix(".json")
-    if not result.exists() or not path.exists():
+    """Whether all metrics of this very file of predictions exist, with those of its conditions."""
+    document = scales.read_json(path.with_suffix(".json"))
+    if not path.exists() or document.get("predictions") != scales.checksum(path):
         return False
-    if result.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        return False
-    found = scales.read_json(result).get("metrics", {})
+    found = document.get("metrics", {})
     return METRICS.keys() | {"treatments"} <= found.keys() and "auprc" in found.get("conditions", {})
 
 
@@ -430,7 +428,8 @@ def main() -> None:
     for path in waiting:
         p = load_predictions(path)
         numbers = evaluate(p)
-        text = json.dumps({"meta": p.meta, "metrics": numbers}, indent=1, allow_nan=False)
+        document = {"predictions": scales.checksum(path), "meta": p.meta, "metrics": numbers}
+        text = json.dumps(document, indent=1, allow_nan=False)
         with scales.atomic(path.with_suffix(".json")) as temporary:
             temporary.write_text(text + "\n")
         shown = [f"{name} {numbers[name]:.3g}" for name in METRICS if numbers[name] is not None]

@@ -73,6 +73,7 @@ class Settings:
     treatment_col: str | None = None  # column of obs that names the knocked-out gene; found by its usual names
     control: str | None = None  # its label for unperturbed cells, with or without a number; found by its usual names
     system_col: str | None = None  # column of obs with the biological context, or 'none'; found by its usual names
+    layer: str | None = None  # of raw counts; by default X, a layer with a usual name, or .raw
     log_transformed: bool = False  # X is normalised and natural log1p already: skip both
     min_cells: int = 30  # fewest cells of a knock-out that is used
     genes: int | Literal["all"] = 100  # that are predicted: queries, knocked-out genes and those that answer most
@@ -194,8 +195,8 @@ def read(s: Settings):
     the file in obs; and the control label. Raises BadInput if something cannot be read, or is asked for in vain."""
     source = {"dataset": "toy"} if s.file == Path("toy") else {"h5ad": s.file}
     wanted = data.Settings(**source, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
-                           holdout_system=s.system, log_transformed=s.log_transformed, min_cells=s.min_cells,
-                           unmeasured=True, genes=20 if "dataset" in source else 3)
+                           holdout_system=s.system, layer=s.layer, log_transformed=s.log_transformed,
+                           min_cells=s.min_cells, unmeasured=True, genes=20 if "dataset" in source else 3)
     try:
         data.check(wanted)
         cells, control, system = data.load(wanted)

@@ -54,6 +54,7 @@ class Settings(EvaluationSettings):
     counterfactual: bool = False  # what becomes of each control cell, not new cells
     context: int | None = None  # K; by default as in training, or as many as there are
     context_gain: bool = False  # predict also with a context that says nothing (`uninformed`), for tables to compare
+    training: bool = False  # predict the training conditions, each from the others: to choose a model of other data by
 
 
 AT_ONCE = 16  # tasks that a GPU solves at a time: one alone leaves most of it idle
@@ -316,6 +317,8 @@ def jobs(s: Settings) -> list[Job]:
             file = model.model_file(s, run, s.screen, split)
             head, network = model.load_model(file)
             genes = head["genes"]
+            if s.training and head["screen"] == s.screen:
+                raise BadInput(f"--training: {file} was trained on these conditions; name a model of other data")
             if s.counterfactual and not head.get("no_knock_out"):
                 raise BadInput(f"{file}: was trained without --no-knock-out, so it does not know what no knock-out is; "
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
@@ -350,14 +353,18 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
     wanted = head["context"] if s.context is None else s.context
     context = min(wanted, most_experiments(screen, model.slots_of(network)))
-    evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw)
+    split = tasks.TRAIN if s.training else tasks.TEST
+    evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw, split)
     given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)
     cells = generate(network, given, guidance, s.steps, counterfactual=s.counterfactual, key=key)
     cells, clipped = clip_expression(cells, screen.log_expression)
     spent = train.seconds(job.file.with_name("log.csv")) + head.get("choice_seconds", 0)
     training = head | {"seconds": spent}
-    meta = {"screen": s.screen, "title": screen.made["title"], "paper": screen.made.get("paper"), "row": job.row,
+    title, paper = screen.made["title"], screen.made.get("paper")
+    if s.training:
+        title, paper = f"{title}, training conditions", None  # nothing that the paper has a number for
+    meta = {"screen": s.screen, "title": title, "paper": paper, "row": job.row,
             "split": job.split, "draw": job.draw, "seed": s.seed, "scale": s.scale, "revision": scales.revision(),
             "settings": settings, "fingerprint": screen.made["fingerprint"], "genes": screen.genes, "model": job.run,
             "guidance": guidance, "clipped_fraction": clipped, "training": training, "conditions_on": CONDITIONS_ON,
@@ -377,14 +384,16 @@ def main() -> None:
     todo = jobs(s)
     apart = "out", "model", "draws", "context_gain"  # say which files are written, and not what is in them
     kept = {name: value for name, value in dataclasses.asdict(s).items() if name not in apart}
+    place = dataclasses.replace(s, screen=f"{s.screen}-training") if s.training else s
     print(f"sample.py {json.dumps(kept)}, revision {scales.revision()}, {jax.device_count()} x "
           f"{jax.devices()[0].device_kind}: {len(todo)} files", flush=True)
     for job in tqdm(todo, unit="file"):
-        path = tasks.samples_file(s, job.row, job.split, job.draw)
+        path = tasks.samples_file(place, job.row, job.split, job.draw)
         settings = kept | {"weights": scales.checksum(job.file), "data": job.screen.made["fingerprint"]}
-        if not metrics.finished(path, settings):
-            metrics.save_predictions(path, predict(s, job, settings))
-    print(f"predictions in {s.out / s.scale / 'samples' / s.screen}", flush=True)
+        with scales.alone(path.with_name(f"{job.row}-split{job.split}")):
+            if not metrics.finished(path, settings):
+                metrics.save_predictions(path, predict(s, job, settings))
+    print(f"predictions in {path.parent}", flush=True)
 
 
 if __name__ == "__main__":

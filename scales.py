@@ -11,6 +11,7 @@ through every stage. `python scales.py` prints the table.
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -302,14 +303,35 @@ def check_name(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+def runs(process: int) -> bool:
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path):
     """Yield a temporary path beside `path`; on success rename it to `path`, so a half-written file is never seen.
 
-    A folder may be made under the temporary path as well as a file.
+    A folder may be made under the temporary path as well as a file. What a killed process has left is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".[0-9]*.{glob.escape(path.name)}"):
+        if not runs(int(left.name.split(".")[1])):
+            remove(left)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which some writers look at
     try:
         yield temporary
@@ -317,9 +339,7 @@ def atomic(path: str | Path):
     except OSError as error:  # such as a full disk
         raise OSError(f"{path}: cannot be written: {str(error.strerror or error).splitlines()[0]}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def checksum(path: str | Path) -> int:

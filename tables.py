@@ -76,7 +76,7 @@ def collect(folder: Path) -> Results:
     for predictions in prediction_files((folder,)):
         path = predictions.with_suffix(".json")
         if not up_to_date(predictions):
-            raise BadInput(f"{path}: missing, older than {predictions.name} or incomplete; make it with "
+            raise BadInput(f"{path}: missing, incomplete or of another {predictions.name}; make it with "
                            f"python metrics.py {folder}")
         file = json.loads(path.read_text())
         meta = file["meta"]

@@ -34,6 +34,16 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"exercise{number}: grades exercise {number} of the course")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """When a grader of the course fails, say what it claims: the student reads that before the numbers."""
+    report = yield
+    exercises = [mark.name for mark in item.iter_markers() if mark.name.startswith("exercise")]
+    if report.failed and exercises and item.function.__doc__:
+        report.sections.append((f"{exercises[0]}: what has to hold", item.function.__doc__))
+    return report
+
+
 def write_linear(folder: Path, **changes) -> None:
     """A small screen of linear SCMs, as prior.py lays it out."""
     import prior

@@ -143,3 +143,5 @@ missing = [name for name, figure in figures.items() if "not_run" in figure]
 assert not missing, missing
 print("== forks: all five are in the tables, and every figure was made")
 EOF
+SCALE=smoke "$PY" lab.py > /dev/null
+echo "== lab.py runs"

@@ -67,6 +67,8 @@ def test_read_labels():
     assert labels.controls_among(["STAT1", "STAT2"], GENES, "STAT1") == ["STAT1"]
     assert not labels.controls_among(["mock1"], GENES, "mock2") and not labels.controls_among(["WT1_1"], GENES, None)
     assert labels.controls_among(["ctrl_1"], GENES | {"CTRL"}, None) == ["ctrl_1"]
+    with pytest.raises(BadInput, match="label 'abc ': ABC or Abc"):
+        labels.read_labels(["Abc", "abc "], {"Abc", "ABC"}, "NT", [])
     read = labels.read_labels(given, GENES, "NT1", controls)
     assert list(read.values()) == ["NT1", "NT1", "STAT1", "STAT1", "GFP", "WT1"]
 
@@ -94,12 +96,12 @@ def test_where_counts_are(sparse):
     corrected = np.where(COUNTS > 0, COUNTS - 0.03, 0)
     corrected[0, 0] = 39.97
 
-    def found(x, layers=None, raw=None):
+    def found(x, layers=None, raw=None, layer=None):
         cells = anndata.AnnData(None if x is None else make(x), layers={k: make(v) for k, v in (layers or {}).items()},
                                 shape=COUNTS.shape if x is None else None)
         if raw is not None:
             cells.raw = anndata.AnnData(make(raw))
-        where, counts = labels.find_counts(cells)
+        where, counts = labels.find_counts(cells, layer)
         return where, np.asarray(counts.X.todense() if sparse else counts.X)
 
     for x, layers, raw, where, expected in (
@@ -114,8 +116,12 @@ def test_where_counts_are(sparse):
         place, counts = found(x, layers, raw)
         assert place == where
         np.testing.assert_allclose(counts, expected, rtol=1e-6)
-    with pytest.raises(BadInput, match="counts in layer 'one', layer 'two', and no name says which"):
+    with pytest.raises(BadInput, match="counts in layer 'one', layer 'two', and no name says which are meant: choose with --layer"):
         found(scaled, {"two": COUNTS, "one": COUNTS})
+    place, counts = found(scaled, {"two": COUNTS + 1, "one": COUNTS}, layer="two")
+    assert place == "counts (in layer 'two')" and (counts == COUNTS + 1).all()
+    with pytest.raises(BadInput, match="--layer three: there is none of that name; layers: two"):
+        found(COUNTS, {"two": COUNTS}, layer="three")
     with pytest.raises(BadInput, match="X: fractions"):  # logarithms that happen to be nearly whole are no counts
         found(np.where(COUNTS > 0, 1.01, 0))
     with pytest.raises(BadInput, match="X: fractions.*layer 'z': negative.*--log-transformed"):

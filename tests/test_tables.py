@@ -1,7 +1,6 @@
 """Claims about tables.py: what stands in a cell, beside which number of the paper, and what if nothing was run."""
 
 import json
-import os
 import re
 
 import numpy as np
@@ -34,7 +33,9 @@ def result(folder, row, split=0, draw=0, systems=("all",), treatments=("a",), co
         about["paper"] = folder.name
     if "-seed" in row:
         about["trained_seed"] = int(re.search(r"-seed(\d+)", row)[1])
-    file.write_text(json.dumps({"meta": about | (meta or {}), "metrics": numbers}))
+    made_of = scales.checksum(file.with_suffix(".npz"))
+    document = {"predictions": made_of, "meta": about | (meta or {}), "metrics": numbers}
+    file.write_text(json.dumps(document))
 
 
 @pytest.fixture
@@ -273,17 +274,17 @@ def test_report_of_next_to_nothing(report, tmp_path, scale):
 
 @pytest.mark.parametrize("problem, message", [
     ("missing", "identity-split0-draw0.json: missing, .*; make it with python metrics.py"),
-    ("older", "identity-split0-draw0.json: missing, older than .*"),
+    ("changed", "identity-split0-draw0.json: missing, incomplete or of another identity-split0-draw0.npz"),
     ("other data", "oracle-split0-draw0.npz predicts other data"),
 ])
 def test_stale_results_are_refused(report, linear, problem, message):
-    """Predictions without metrics, newer than they, or of a screen made anew are named; an earlier report stays."""
+    """Predictions without metrics, with those of others, or of a screen made anew are named; an earlier report stays."""
     result(linear, "identity", meta={"fingerprint": 1})
     text, _ = report()
     if problem == "missing":
         (linear / "identity-split0-draw0.json").unlink()
-    elif problem == "older":
-        os.utime(linear / "identity-split0-draw0.json", ns=(0, 0))
+    elif problem == "changed":
+        (linear / "identity-split0-draw0.npz").write_bytes(b"other predictions")
     else:
         result(linear, "oracle", meta={"fingerprint": 2})
     with pytest.raises(BadInput, match=message):
