@@ -641,7 +641,8 @@ def main() -> None:
         if document.get("screens") == screens:
             scales.check_made(path, document["settings"], settings)
         else:
-            write(name, s, {"settings": settings, "screens": screens}, path)
+            with scales.alone(path):
+                write(name, s, {"settings": settings, "screens": screens}, path)
             document = scales.read_json(path)
         picture = path.with_suffix(".png")
         if "not_run" in document:

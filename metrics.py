@@ -426,12 +426,13 @@ def main() -> None:
     for path in waiting:  # a bad file shows before the long work
         load_predictions(path)
     for path in waiting:
-        p = load_predictions(path)
-        numbers = evaluate(p)
-        document = {"predictions": scales.checksum(path), "meta": p.meta, "metrics": numbers}
-        text = json.dumps(document, indent=1, allow_nan=False)
-        with scales.atomic(path.with_suffix(".json")) as temporary:
-            temporary.write_text(text + "\n")
+        with scales.alone(path.with_name("metrics")):
+            p = load_predictions(path)
+            numbers = evaluate(p)
+            document = {"predictions": scales.checksum(path), "meta": p.meta, "metrics": numbers}
+            text = json.dumps(document, indent=1, allow_nan=False)
+            with scales.atomic(path.with_suffix(".json")) as temporary:
+                temporary.write_text(text + "\n")
         shown = [f"{name} {numbers[name]:.3g}" for name in METRICS if numbers[name] is not None]
         print(path.stem, *shown, flush=True)
 

@@ -390,7 +390,7 @@ def main() -> None:
     for job in tqdm(todo, unit="file"):
         path = tasks.samples_file(place, job.row, job.split, job.draw)
         settings = kept | {"weights": scales.checksum(job.file), "data": job.screen.made["fingerprint"]}
-        with scales.alone(path.with_name(f"{job.row}-split{job.split}")):
+        with scales.alone(path.with_name(job.row)):
             if not metrics.finished(path, settings):
                 metrics.save_predictions(path, predict(s, job, settings))
     print(f"predictions in {path.parent}", flush=True)

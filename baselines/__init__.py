@@ -273,5 +273,6 @@ def main() -> None:
             draws[draw] = evaluation
         for row in s.methods or default_rows(screen):
             seeds = s.seeds if row in TRAINED else 1
-            for seed in range(seeds):
-                write(s, row, seed, split, screen, draws)
+            with scales.alone(tasks.samples_file(s, row, split, 0).with_name(row)):
+                for seed in range(seeds):
+                    write(s, row, seed, split, screen, draws)

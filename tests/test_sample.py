@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from conftest import write_linear
 
 import metrics
 import model
@@ -278,7 +279,7 @@ def test_stage_writes_what_it_says_and_is_skipped_next_time(stage, settings, tra
     stage(settings)
     evaluation = tasks.evaluation_tasks(trained.screen, CELLS, 2)
     file = settings.out / "smoke" / "samples" / "dags" / "mappfn-seed0-split0-draw0.npz"
-    assert [f.name for f in file.parent.iterdir()] == [file.name]
+    assert [f.name for f in file.parent.iterdir() if f.suffix != ".lock"] == [file.name]
     p = metrics.load_predictions(file)
     assert np.array_equal(p.target, evaluation.target) and np.array_equal(p.treatments, evaluation.given.query)
     assert np.array_equal(p.controls, evaluation.given.controls) and not p.log_expression
@@ -312,6 +313,23 @@ def test_counterfactual_cells_need_a_model_that_knows_no_knock_out(trained, main
     s = trained.settings
     with pytest.raises(BadInput, match="without --no-knock-out"):
         main(sample, "--screen", "dags", "--scale", "smoke", "--out", s.out, "--model", "dags", "--counterfactual")
+
+
+def test_training_conditions_to_choose_by(trained, tmp_path, main):
+    """A screen that the model has not met: each of its training conditions, from others that are known, in a folder of
+    their own. Not the model's own screen."""
+    place = "--scale", "smoke", "--eval-cells", "8", "--draws", "1", "--steps", "2", "--guidance", "1", "--model", "dags"
+    (tmp_path / "smoke" / "screens").mkdir(parents=True)
+    (tmp_path / "smoke" / "train").symlink_to(trained.settings.out / "smoke" / "train")
+    write_linear(tmp_path / "smoke" / "screens" / "other", systems=3, seed=5)
+    main(sample, "--screen", "other", "--out", tmp_path, "--training", *place)
+    p = metrics.load_predictions(tmp_path / "smoke" / "samples" / "other-training" / "dags-split0-draw0.npz")
+    screen = tasks.load_screen(tmp_path / "smoke" / "screens" / "other" / "split-0")
+    assert len(p.target) == (screen.split[:, 1:] == tasks.TRAIN).sum() == 15
+    assert p.meta["title"].endswith("training conditions")
+    assert not (tmp_path / "smoke" / "samples" / "other").exists()
+    with pytest.raises(BadInput, match="was trained on these conditions"):
+        main(sample, "--screen", "dags", "--out", trained.settings.out, "--training", *place)
 
 
 def test_uninformed_contexts():
