@@ -8,7 +8,7 @@ folds at that length choose the weight of guidance, by RMSE, as everywhere (Tabl
 at. Departure: D55.
 
 `train.py --rates 1e-3 3e-4 ...` calls this; it reads a screen, and writes `choice.json` beside the model.
-Laptop scale: one to two minutes a split on two CPU cores.
+Laptop scale: two to five minutes a split on two CPU cores.
 
     F folds   L lengths   K context experiments   N cells   D genes
 """

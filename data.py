@@ -237,6 +237,11 @@ def label_cells(cells, settings: Settings):
     return cells, control
 
 
+def part(cells, chosen: Bool[np.ndarray, "n"]):
+    """Some of the cells, apart from the others; all of them as they are, since large screens fit into memory once."""
+    return cells if chosen.all() else cells[chosen].copy()
+
+
 def check_values(cells, log_transformed: bool) -> str:
     """What kind of values X holds, in words. Raises BadInput for values that are negative or not finite, or counts
     where logarithms are wanted."""
@@ -292,7 +297,7 @@ def usable_cells(cells, control: str, settings: Settings):
     for system, treatments in obs.groupby("system")["treatment"]:
         size = treatments.value_counts().sort_index()
         print(f"  system '{system}': {listed(map('{} {}'.format, size.index, size), 30)}")
-    return cells[obs.index.to_numpy()].copy()
+    return part(cells, np.isin(np.arange(cells.n_obs), obs.index))
 
 
 # ---------------------------------------------------------------------------------------------------- data split (B.4)
@@ -364,16 +369,17 @@ def normalise(cells, seen: Bool[np.ndarray, "n"]) -> float:
 def rank_genes(training, control: str):
     """Largest absolute t-test score (scanpy's default) of each gene over all training perturbations, each against the
     controls of its system, but for a gene's own knock-out [D26]. A pandas Series, strongest first."""
+    import anndata
     import pandas as pd
     import scanpy
     assert set(training.obs["use"]) == {TRAIN}, "only training conditions may choose the genes"
     best = pd.Series(0.0, training.var_names)
     for system in sorted(set(training.obs["system"])):
-        here = training[(training.obs["system"] == system).to_numpy()].copy()
+        here = part(training, (training.obs["system"] == system).to_numpy())
         treatments = sorted(set(here.obs["treatment"]) - {control})
         if not treatments:
             continue
-        here.obs["treatment"] = here.obs["treatment"].astype("category")
+        here = anndata.AnnData(here.X, here.obs.astype({"treatment": "category"}), here.var)  # of the same values
         with warnings.catch_warnings(action="ignore"):  # of slow tables, and of an unused log of 0
             scanpy.tl.rank_genes_groups(here, "treatment", groups=treatments, reference=control)
         ranked = here.uns["rank_genes_groups"]

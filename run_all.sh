@@ -5,7 +5,7 @@
 #   bash run_all.sh paper --dry
 #
 #   smoke    every stage and every table, on toy sizes: shows that it runs, nothing else. Minutes on two CPU cores.
-#   laptop   small networks and few tasks that do learn. An hour on two CPU cores.
+#   laptop   small networks and few tasks that do learn. An hour or more on two CPU cores.
 #   paper    the paper's sizes; wants one 80 GB GPU, days of it.
 #   test     installs, and runs the tests.
 #   --dry    with paper: one or two of everything at the paper's shapes, without a GPU, and a table of what all would cost.

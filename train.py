@@ -7,7 +7,7 @@ gives a run for each.
 
     python train.py --screen linear --scale smoke|laptop|paper    pre-training on linear SCMs: 10 s / 2 min / 8 h
     python train.py --screen grn --scale smoke|laptop|paper       pre-training on prior.py's GRNs: 10 s / 5 min / 36 h
-    python train.py --screen leukemia --init grn --name leukemia-finetuned    fine-tuning: 5 s / 15 s / 10 min a split
+    python train.py --screen leukemia --init grn --name leukemia-finetuned    fine-tuning: 5 s / 1 min / 10 min a split
     python train.py --screen leukemia --name leukemia-scratch                 the same from random initialisation
 (the times are for two CPU cores at smoke and laptop scale and, as the paper reports them, one 80 GB GPU at paper scale)
 Several GPUs or machines: CLUSTER.md.
