@@ -33,6 +33,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import threading
 import time
 import zipfile
@@ -549,6 +550,25 @@ def content(s: Settings) -> dict:
     return settings
 
 
+def make(s: Settings, folder: Path) -> None:
+    """Draw the systems, and write the screen."""
+    if s.what == "linear":
+        make_linear(s, folder)
+    else:
+        make_grn(s, folder)
+
+
+def another(settings: dict, number: int) -> Screen:
+    """As many other training systems, of the prior that a screen of these settings is of: none that is in that screen,
+    or in another number's."""
+    changed = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    changed |= {"validation": 0, "test": 0, "seed": 10_000 * (1 + settings["seed"]) + number}  # nobody gives such seeds
+    with tempfile.TemporaryDirectory() as place:  # from where it is mapped into memory
+        s = Settings(**changed, out=Path(place))
+        make(s, screen_folder(s))
+        return tasks.load_screen(screen_folder(s))
+
+
 def check(s: Settings) -> None:
     """Raise BadInput for a value that cannot be used."""
     if not -1 <= s.shard < s.num_shards:
@@ -575,7 +595,6 @@ def main() -> None:
     with scales.alone(share):  # an OSError now, not after the work, if there is no place
         print(f"{s}\nsergio-rs {version('sergio_rs')}, numpy {np.__version__}, revision {scales.revision()}",
               flush=True)
-        make = make_linear if s.what == "linear" else make_grn
         make(s, folder)
 
 

@@ -269,7 +269,8 @@ LIMITS = {
     # networks and training
     "width": (1, 10**5), "depth": (1, 1000), "heads": (1, 1000), "registers": (0, 10**4), "treatment_gain": (1e-6, 1e6),
     "cells": (1, 10**5), "context": (0, 1000), "target_cells": (0, 10**5), "mean_loss": (0, 1e6),
-    "micro_batch": (1, 10**5), "accumulate": (1, 10**5), "learning_rate": (1e-12, 10), "rates": (1e-12, 10),
+    "micro_batch": (1, 10**5), "fresh": (0, 10**8),
+    "accumulate": (1, 10**5), "learning_rate": (1e-12, 10), "rates": (1e-12, 10),
     "warmup": (0, 1), "decay": (0, 1), "drop_condition": (0, 1), "no_knock_out": (0, 1), "ema": (0, 1 - 1e-9),
     "b1": (0, 1 - 1e-9), "b2": (0, 1 - 1e-9), "weight_decay": (0, 10), "clip": (1e-12, 1e6),
     "log_every": (1, 10**8), "validate_every": (1, 10**8), "checkpoint_seconds": (0, 1e9), "snapshots": (0, 10**5),

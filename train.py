@@ -43,6 +43,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 import model
+import prior
 import scales
 import tasks
 from devices import here, join, own_share, placed, shardings, use_all_cores
@@ -70,6 +71,7 @@ class Settings(Architecture):
     mean_loss: float = 0.0  # weight of the mean's error over all N cells, where a network has a mean (exchangeable.py)
     no_knock_out: float = 0.0  # share of tasks whose query is none: counterfactual cells start from that (sample.py)
     any_size: bool = False  # other K (up to --context) and D in each update, for a network that takes any: `sizes`
+    fresh: int = 0  # updates after which other systems of the same prior are drawn to train on (prior.py); 0: never
     permute_genes: bool = False  # each task's genes in an order of its own; for priors, whose genes have no names [D52]
     # optimisation; an update is one optimiser step, the paper's "steps" are micro-batches [D1]
     updates: int = 50_000  # optimiser steps: 400k micro-batches (A.2)
@@ -422,6 +424,8 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     chief = jax.process_index() == 0  # it writes and prints; the others compute
     mesh, everywhere, shared = shardings()
     share = own_share(s.micro_batch)
+    if s.fresh and "what" not in screen.made["settings"]:
+        raise BadInput(f"--fresh {s.fresh}: {s.screen} is of real cells; only prior.py's systems can be drawn anew")
     first = update_tasks(s, screen, 0, share)  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
     head = header(s, folder, screen) | {"revision": scales.revision()} | (about or {})
@@ -438,10 +442,13 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
               flush=True)
         log = Log(folder / "log.csv", done, s)
 
-    saved, losses = time.monotonic(), []
+    saved, losses, training, block = time.monotonic(), [], screen, 0
     bar = tqdm(total=s.updates, initial=done, unit="update", smoothing=0.05, mininterval=2, disable=not chief)
     for i in range(done + 1, s.updates + 1):
-        drawn = update_tasks(s, screen, i - 1, share)
+        if s.fresh and block != (i - 1) // s.fresh:
+            block = (i - 1) // s.fresh
+            training = prior.another(screen.made["settings"], block)
+        drawn = update_tasks(s, training, i - 1, share)
         state, loss, norm = update(state, placed(drawn, shared), key)
         losses.append(loss)
         logging = i % s.log_every == 0 or i == s.updates

@@ -26,7 +26,7 @@ SCRIPTS = {"prior": ["linear"], "data": [], "train": [], "sample": [], "baseline
 CAN_BE_MEANT = {
     "0": {"seed", "validation", "test", "registers", "context", "target_cells", "mean_loss", "warmup", "decay",
           "drop_condition", "no_knock_out", "ema", "b1", "b2", "weight_decay", "checkpoint_seconds", "snapshots",
-          "process", "guidance", "weights", "contexts", "toy_treatments", "dropout", "shard"},
+          "process", "guidance", "fresh", "weights", "contexts", "toy_treatments", "dropout", "shard"},
     "-1": {"shard"},
     "nan": set(),
     "1e30": set(),

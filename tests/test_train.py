@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import model
+import prior
 import scales
 import tasks
 import train
@@ -343,6 +344,26 @@ def test_training_learns_and_ends_tidily(trained, beginning):
     assert head["width"] == 16 and head["learning_rate"] == 3e-3 and head["revision"] == scales.revision()
     assert head["fingerprint"] == trained.screen.made["fingerprint"] and head["screen"] == "dags"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(network, eqx.is_array)))
+
+
+def test_other_systems_as_it_goes(trained, like, tmp_path, monkeypatch):
+    """With --fresh 2, updates 3 and 4 are on systems that the screen has not, 5 on others again; the same for whoever
+    begins there. Real cells cannot be drawn anew."""
+    met, update_tasks = [], train.update_tasks
+
+    def noted(s, screen, *rest):
+        met.append(screen.cells[:3].sum())
+        return update_tasks(s, screen, *rest)
+
+    monkeypatch.setattr(train, "update_tasks", noted)
+    train.train(like(updates=5, fresh=2), tmp_path / "a", trained.screen)
+    assert met[1] == met[2] == trained.screen.cells[:3].sum() and met[3] == met[4] and len(set(met)) == 3
+    second = prior.another(trained.screen.made["settings"], 2)
+    assert second.cells[:3].sum() == met[5] and (second.split == tasks.TRAIN).all()
+    assert len(second.systems) == 16 and second.made["section"] == trained.screen.made["section"]
+    real = dataclasses.replace(trained.screen, made=trained.screen.made | {"settings": {"source": "a.h5ad"}})
+    with pytest.raises(BadInput, match="--fresh 2: dags is of real cells"):
+        train.train(like(fresh=2), tmp_path / "b", real)
 
 
 @pytest.mark.parametrize("looking", [{}, {"log_every": 7, "validate_every": 28}], ids=["same settings", "looking more"])
