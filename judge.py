@@ -119,7 +119,7 @@ def seeds_part(row: Row, keys) -> list[tuple]:
         return []
     mean, levels = row.mean(), []
     for penalties in row.by_seed.values():
-        of_seed = [penalties[key] - mean[key] for key in keys & penalties.keys()]
+        of_seed = [penalties[key] - mean[key] for key in keys if key in penalties]
         levels += [np.mean(of_seed)] if of_seed else []
     if len(levels) < 2:
         return []
@@ -145,9 +145,9 @@ def compare(row: Row, rival: Row) -> dict | None:
 def compare_uses(row: Row, rival: Row) -> dict | None:
     """The same for one set of trainings that is used in two ways, so that a training is compared with itself."""
     differences = {}
-    for seed in row.by_seed.keys() & rival.by_seed.keys():
+    for seed in sorted(row.by_seed.keys() & rival.by_seed.keys()):
         one, other = row.by_seed[seed], rival.by_seed[seed]
-        differences[seed] = {key: one[key] - other[key] for key in one.keys() & other.keys()}
+        differences[seed] = {key: one[key] - other[key] for key in one if key in other}
     nothing = Row({0: {key: 0.0 for penalties in differences.values() for key in penalties}})
     return compare(row._replace(by_seed=differences), nothing)
 
