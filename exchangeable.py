@@ -56,7 +56,7 @@ def partial_correlations(correlation: Float[Array, "D D"]) -> Float[Array, "D D"
     matrix = correlation + RIDGE * jnp.eye(len(correlation))
     # Newton's iteration for the inverse (Schulz, 1933): LAPACK's, in batches, can hang two devices of a CPU for good.
     precision = jnp.eye(len(matrix)) / jnp.trace(matrix)
-    for _ in range(10 + int(math.log2(len(matrix)))):
+    for _ in range(10 + int(math.log2(len(matrix)))):  # each squares the error; RIDGE is the least eigenvalue
         precision = 2 * precision - jnp.einsum("ij,jk,kl->il", precision, matrix, precision, precision="highest")
     scale = jnp.sqrt(jnp.diag(precision))
     return -precision / scale[:, None] / scale

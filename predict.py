@@ -168,9 +168,7 @@ def predict(control, experiments: Mapping, query: str | int, genes: list | None 
     of the table's columns, or the numbers of the array's. Raises BadInput for a query that is no measured gene, for
     arrays that cannot be meant, or without experiments."""
     if genes is None:
-        genes = getattr(control, "columns", range(np.shape(control)[1]))
-    if any(isinstance(name, (int, np.integer)) for name in (query, *experiments)):  # columns, by their numbers
-        genes, query = range(len(genes)), int(query)
+        genes = getattr(control, "columns", range(np.shape(control)[-1]))
     genes, query = [str(gene) for gene in genes], str(query)
     experiments = {str(name): each for name, each in experiments.items()}
     if query not in genes:

@@ -558,15 +558,19 @@ def make(s: Settings, folder: Path) -> None:
         make_grn(s, folder)
 
 
-def another(settings: dict, number: int) -> Screen:
-    """As many other training systems, of the prior that a screen of these settings is of: none that is in that screen,
-    or in another number's."""
+def another(screen: Screen, number: int) -> Screen:
+    """As many other training systems of the prior that the screen is of: none that is in it, or in another number's.
+    Raises BadInput if it is of none of the priors here."""
+    settings = screen.made["settings"]
     changed = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     changed |= {"validation": 0, "test": 0, "seed": 10_000 * (1 + settings["seed"]) + number}  # nobody gives such seeds
     with tempfile.TemporaryDirectory() as place:  # from where it is mapped into memory
         s = Settings(**changed, out=Path(place))
         make(s, screen_folder(s))
-        return tasks.load_screen(screen_folder(s))
+        found = tasks.load_screen(screen_folder(s))
+    if found.made["title"] != screen.made["title"]:  # a fork's own, that calls `write` with settings of this file
+        raise BadInput(f"--fresh: {screen.made['title']} is of no prior of prior.py; only those can be drawn anew")
+    return found
 
 
 def check(s: Settings) -> None:

@@ -330,10 +330,11 @@ def atomic(path: str | Path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".[0-9]*.{glob.escape(path.name)}"):
-        if not runs(int(left.name.split(".")[1])):
+    for left in path.parent.glob(f".*.partial.{glob.escape(path.name)}"):
+        process = left.name.split(".")[1]
+        if process.isdecimal() and not runs(int(process)):
             remove(left)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which some writers look at
+    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")  # keeps the suffix, which some writers look at
     try:
         yield temporary
         os.replace(temporary, path)

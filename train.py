@@ -424,8 +424,8 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     chief = jax.process_index() == 0  # it writes and prints; the others compute
     mesh, everywhere, shared = shardings()
     share = own_share(s.micro_batch)
-    if s.fresh and "what" not in screen.made["settings"]:
-        raise BadInput(f"--fresh {s.fresh}: {s.screen} is of real cells; only prior.py's systems can be drawn anew")
+    if s.fresh and "what" not in screen.made.get("settings", {}):
+        raise BadInput(f"--fresh {s.fresh}: {s.screen} is of no prior of prior.py; only those can be drawn anew")
     first = update_tasks(s, screen, 0, share)  # a bad screen, K or N shows here, before anything is written
     state, static = start(s, folder, screen)
     head = header(s, folder, screen) | {"revision": scales.revision()} | (about or {})
@@ -447,7 +447,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     for i in range(done + 1, s.updates + 1):
         if s.fresh and block != (i - 1) // s.fresh:
             block = (i - 1) // s.fresh
-            training = prior.another(screen.made["settings"], block)
+            training = prior.another(screen, block)
         drawn = update_tasks(s, training, i - 1, share)
         state, loss, norm = update(state, placed(drawn, shared), key)
         losses.append(loss)

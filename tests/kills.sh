@@ -37,7 +37,7 @@ def read(name):
 
 one, other = read("undisturbed"), read("killed")
 different = [section for section in one if one[section] != other[section]]
-left = [str(path) for path in Path(sys.argv[1]).rglob(".[0-9]*.*")]
+left = [str(path) for path in Path(sys.argv[1]).rglob(".*.partial.*")]
 print("different:", different or "nothing", "- half-written files:", left or "none")
 sys.exit(bool(different or left))
 END

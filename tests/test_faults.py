@@ -141,17 +141,20 @@ def test_the_second_of_two_runs_refuses(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    """Its temporary file, by whoever writes that file next; not that of a process that runs."""
+    """Its temporary file, by whoever writes that file next; not that of a process that runs, nor the user's own."""
     script = ("import os, scales, sys\n"
               "with scales.atomic(sys.argv[1]) as path: path.write_text('half'); os.kill(os.getpid(), 9)")
     killed = subprocess.Popen([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT)
     killed.wait()
-    left, other = tmp_path / f".{killed.pid}.a.txt", tmp_path / f".{os.getppid()}.a.txt"
-    other.write_text("half")
+    left, other = (tmp_path / f".{process}.partial.a.txt" for process in (killed.pid, os.getppid()))
+    mine = tmp_path / ".2024.a.txt"
+    for path in (other, mine):
+        path.write_text("half")
     assert left.is_file()
     with scales.atomic(tmp_path / "a.txt") as temporary:
         temporary.write_text("whole")
-    assert (tmp_path / "a.txt").read_text() == "whole" and not left.exists() and other.is_file()
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert not left.exists() and other.is_file() and mine.is_file()
 
 
 def test_two_priors_at_once(tmp_path):
@@ -183,7 +186,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, trained, command):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".lock", ".csv")]
     assert not [path for path in files if path.stat().st_size >= 4 * 512]  # csv: the log of a training, line by line
-    assert not list(tmp_path.rglob(".[0-9]*"))
+    assert not list(tmp_path.rglob(".*.partial.*"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": ', "\x00\x01"])
