@@ -77,11 +77,10 @@ def main() -> None:
     true, told = change(screen, system, asked), change(screen, system, screen.treatment_names.index(s.told))
     panels = [Panel(f"true, of both: r = {np.corrcoef(told, true)[0, 1]:.2f}", f"do({s.query}): change of the mean",
                     f"do({s.told})", true.tolist(), {"equal": [true.tolist()], "genes": [told.tolist()]})]
-    twin = bool(head.get("no_knock_out"))
+    source = batch.controls if head.get("no_knock_out") else None
     for title, task in ((f"with do({s.told}) in the context", batch),
                         ("with control cells as context", sample.uninformed(batch, "controls"))):
-        cells = sample.generate(network, task, 1.0, s.steps, counterfactual=twin,
-                                key=scales.key("figure", s.seed))
+        cells = sample.generate(network, task, 1.0, s.steps, source=source, key=scales.key("figure", s.seed))
         cells, _ = sample.clip_expression(cells, screen.log_expression)
         found = (cells[0].mean(axis=0) - given.controls.mean(axis=0)).tolist()
         error = np.sqrt(np.mean((np.array(found) - true) ** 2))

@@ -128,7 +128,8 @@ def cells_of(checkpoint: Checkpoint, given: Given, *, key) -> Float[np.ndarray, 
     found = np.empty_like(given.controls)
     for genes in passes(len(given.query), treated, head["genes"]):
         task = Given(*(field[None][..., genes] for field in given))
-        cells = sample.generate(network, task, guidance, STEPS, counterfactual=checkpoint.counterfactual, key=key)
+        source = task.controls if checkpoint.counterfactual else None
+        cells = sample.generate(network, task, guidance, STEPS, source=source, key=key)
         found[:, genes] = sample.clip_expression(cells, True)[0][0]
     return found
 

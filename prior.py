@@ -558,12 +558,13 @@ def make(s: Settings, folder: Path) -> None:
         make_grn(s, folder)
 
 
-def another(screen: Screen, number: int) -> Screen:
-    """As many other training systems of the prior that the screen is of: none that is in it, or in another number's.
-    Raises BadInput if it is of none of the priors here."""
+def another(screen: Screen, seed: int, number: int) -> Screen:
+    """As many other training systems of the prior that the screen is of: none that is in it, nor in those of another
+    number, or of another training's `seed`. Raises BadInput if it is of none of the priors here."""
     settings = screen.made["settings"]
     changed = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    changed |= {"validation": 0, "test": 0, "seed": 10_000 * (1 + settings["seed"]) + number}  # nobody gives such seeds
+    own = 10**9 * (1 + settings["seed"]) + 10**5 * seed + number  # nobody gives such seeds
+    changed |= {"validation": 0, "test": 0, "seed": own}
     with tempfile.TemporaryDirectory() as place:  # from where it is mapped into memory
         s = Settings(**changed, out=Path(place))
         make(s, screen_folder(s))

@@ -51,14 +51,14 @@ class Settings(EvaluationSettings):
     model: tuple[str, ...] = ()  # runs of train.py, each as ROW=RUN, or RUN: then the row of the tables has its name
     guidance: float | None = None  # omega (A.4); by default the best of Table 7's grid on validation tasks
     steps: int = 25  # Dopri5 steps of the flow [D9]
-    counterfactual: bool = False  # what becomes of each control cell, not new cells
+    counterfactual: bool = False  # what becomes of control cells, not new cells
     context: int | None = None  # K; by default as in training, or as many as there are
     context_gain: bool = False  # predict also with a context that says nothing (`uninformed`), for tables to compare
     training: bool = False  # predict the training conditions, each from the others: to choose a model of other data by
 
 
 AT_ONCE = 16  # tasks that a GPU solves at a time: one alone leaves most of it idle
-UNINFORMED = ("controls", "exchanged")
+UNINFORMED = {"controls": 1, "exchanged": 2}  # how a context is made to say nothing, of how many experiments at least
 CONDITIONS_ON = ("treatment", "controls", "context experiments")  # Table 1: what tasks.Given holds
 
 # ------------------------------------------------------------------------------------------------------ the flow (A.4)
@@ -86,14 +86,15 @@ def guided_velocity(network: eqx.Module, condition: PyTree, guidance: float | Ar
 
 # Exercise 6
 def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int,
-         counterfactual: bool = False, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
+         source: Float[Array, "N D"] | None = None, *, key: PRNGKeyArray) -> Float[Array, "N D"]:
     """Cells of one task: the ODE dY = v dtau from noise at 0 to data at 1, in `steps` equal Dopri5 steps (A.4).
 
-    `counterfactual` [D57]: what each control cell would be under the query, not new cells. The flow can be inverted, so
-    the noise that a cell comes from is found by solving from 1 to 0 without a knock-out (abduction); from there on the
-    query acts, and guidance exaggerates how it differs from no knock-out. What the network gets wrong about a screen
-    cancels: a query of no knock-out returns the cell, in 25 steps to 1e-3 (root mean square, of the checkpoint in the
-    box on leukemia; in 10 steps to 0.011, which moves no metric by a hundredth of it; in 5 to 0.032).
+    `source`, counterfactual cells [D57]: what each of these control cells would be under the query, not new cells. The
+    flow can be inverted, so the noise that a cell comes from is found by solving from 1 to 0 without a knock-out
+    (abduction); from there on the query acts, and guidance exaggerates how it differs from no knock-out. What the
+    network gets wrong about a screen cancels: a query of no knock-out returns the cell, in 25 steps to 1e-3 (root mean
+    square, of the checkpoint in the box on leukemia; in 10 steps to 0.011, which moves no metric by a hundredth of it;
+    in 5 to 0.032).
 
     [D9] paper: silent; released code: 100 steps, that is 601 evaluations of the network; here: 25 steps (151), from
     which no value differs by 1e-3 (`tests/test_sample.py`). Laptop scale makes do with 5 (31), to save time.
@@ -110,15 +111,15 @@ def flow(network: eqx.Module, given: Given, guidance: float | Array, steps: int,
                                        dt0=(end - begin) / steps, max_steps=steps + 1, throw=False)
         return solution.ys[-1]  # what fails is not finite, and refused
 
-    if counterfactual:
+    if source is not None:
         instead = model.prepare(network, given._replace(query=jnp.zeros_like(given.query)), key=key_slots)
-        start = solve(given.controls, 1.0, 0.0, instead, 1.0, None)
+        start = solve(source, 1.0, 0.0, instead, 1.0, None)
     return solve(start, 0.0, 1.0, condition, guidance, instead)
 
 
 @eqx.filter_jit
 def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int, cells: int, keys: Array,
-          counterfactual: bool = False) -> Array:
+          source: Float[Array, "P N D"] | None = None) -> Array:
     """`flow` of some tasks, as many on each device."""
     parameters, static = eqx.partition(network, eqx.is_array)
     mesh, share = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
@@ -127,22 +128,21 @@ def flows(network: eqx.Module, given: Given, guidance: float | Array, steps: int
     def each(parameters, mine):
         network = eqx.combine(parameters, static)
 
-        def one(given, key):
-            return flow(network, given, guidance, steps, cells, counterfactual, key=key)
+        def one(given, key, source):
+            return flow(network, given, guidance, steps, cells, source, key=key)
 
         if len(mine[1]) == 1:  # as below, without an axis of one, which is faster on a CPU
-            given, key = jax.tree.map(lambda x: x[0], mine)
-            return one(given, key)[None]
+            return one(*jax.tree.map(lambda x: x[0], mine))[None]
         return jax.vmap(one)(*mine)
 
-    return each(parameters, (given, keys))
+    return each(parameters, (given, keys, source))
 
 
 def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: int = 25, cells: int | None = None,
-             at_once: int | None = None, counterfactual: bool = False, *,
+             at_once: int | None = None, source: Float[np.ndarray, "P N D"] | None = None, *,
              key: PRNGKeyArray) -> Float[np.ndarray, "P N D"]:
-    """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise; or, if
-    `counterfactual`, what becomes of each control cell (`flow`).
+    """Predicted cells of P tasks, as many per task as its populations have unless `cells` says otherwise; or what
+    becomes of the control cells `source` (`flow`).
 
     A task's cells depend on its own content and its place in the list only, not on the other tasks or the devices.
     Each device solves `at_once` tasks at a time; by default AT_ONCE on a GPU, and one on a CPU's core.
@@ -164,7 +164,8 @@ def generate(network: eqx.Module, given: Given, guidance: float = 2.0, steps: in
         # Always as many tasks at a time, the last one again if need be, so that another P compiles nothing.
         turn = np.minimum(np.arange(first, first + together), count - 1)
         some = Given(*(field[turn] for field in given))
-        found.append(flows(network, some, omega, steps, cells or given.controls.shape[1], keys[turn], counterfactual))
+        start = None if source is None else source[turn]
+        found.append(flows(network, some, omega, steps, cells or given.controls.shape[1], keys[turn], start))
     return np.concatenate(found)[:count]
 
 
@@ -271,11 +272,11 @@ def augmented(network: eqx.Module, given: Given, size: int, subsets: int, rng: n
 # ------------------------------------------------------------------------------------------------------------ the stage
 
 
-def most_experiments(screen: Screen, most: int = SLOTS) -> int:
-    """Largest K, up to `most`, that every test task of a screen can have."""
-    held_out = (screen.split == tasks.TEST).any(axis=1)
-    known = np.isin(screen.split[held_out, 1:], tasks.KNOWN).sum(axis=1)
-    return int(min([most, *known]))
+def most_experiments(screen: Screen, most: int = SLOTS, split: int = tasks.TEST) -> int:
+    """Largest K, up to `most`, that every task can have whose query is of `split`."""
+    asked = (screen.split[:, 1:] == split).any(axis=1)
+    known = np.isin(screen.split[asked, 1:], tasks.KNOWN).sum(axis=1)
+    return int(min([most, *(known - (split in tasks.KNOWN))]))  # a query is no experiment of its own
 
 
 def uninformed(given: Given, how: str) -> Given:
@@ -324,16 +325,23 @@ def jobs(s: Settings) -> list[Job]:
                                "train it with --no-knock-out 0.1, or leave out --counterfactual")
             if (s.context or 0) > model.slots_of(network):
                 raise BadInput(f"--context {s.context}: the model has {SLOTS} context slots")
-            most = most_experiments(screen, model.slots_of(network))
+            most = most_experiments(screen, model.slots_of(network), asked_of(s))
             if (s.context or 0) > most:
                 raise BadInput(f"--context {s.context}: {folder} has only {most} experiments beside a query")
             if genes != len(screen.genes) and not model.takes_any_genes(network):
                 raise BadInput(f"{file}: a model of {genes} genes, but the data have {len(screen.genes)}")
             for draw in range(s.draws):
                 found.append(Job(row, "", run, file, screen, split, draw))
-            if s.context_gain and head["context"]:
-                found += [Job(f"{row}~{how}", how, run, file, screen, split, 0) for how in UNINFORMED]
+            experiments = min(head["context"] if s.context is None else s.context, most)
+            for how, fewest in UNINFORMED.items():
+                if s.context_gain and experiments >= fewest:
+                    found.append(Job(f"{row}~{how}", how, run, file, screen, split, 0))
     return found
+
+
+def asked_of(s: Settings) -> int:
+    """The part of a screen whose conditions are predicted."""
+    return tasks.TRAIN if s.training else tasks.TEST
 
 
 def fitted_to(s: Settings, head: dict, screen: Screen) -> int:
@@ -352,12 +360,12 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
         guidance = guidance_of(s, job.file)
     # As many context experiments as in training, if there are; a model trained without is used without (Table 4).
     wanted = head["context"] if s.context is None else s.context
-    context = min(wanted, most_experiments(screen, model.slots_of(network)))
-    split = tasks.TRAIN if s.training else tasks.TEST
-    evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw, split)
+    context = min(wanted, most_experiments(screen, model.slots_of(network), asked_of(s)))
+    evaluation = tasks.evaluation_tasks(screen, s.eval_cells, context, s.seed, job.draw, asked_of(s))
     given = uninformed(evaluation.given, job.context) if job.context else evaluation.given
     key = scales.key("sampling", s.seed, job.split, job.draw)
-    cells = generate(network, given, guidance, s.steps, counterfactual=s.counterfactual, key=key)
+    source = evaluation.identity if s.counterfactual else None  # the cells that simple rules are applied to
+    cells = generate(network, given, guidance, s.steps, source=source, key=key)
     cells, clipped = clip_expression(cells, screen.log_expression)
     spent = train.seconds(job.file.with_name("log.csv")) + head.get("choice_seconds", 0)
     training = head | {"seconds": spent}
@@ -370,11 +378,11 @@ def predict(s: Settings, job: Job, settings: dict) -> metrics.Predictions:
             "guidance": guidance, "clipped_fraction": clipped, "training": training, "conditions_on": CONDITIONS_ON,
             "trained_seed": head["seed"] % train.SPLIT_SEEDS, "fitted_to": fitted_to(s, head, screen),
             "seconds": round(time.perf_counter() - started, 1)}
-    controls = evaluation.given.controls
-    names = np.array(screen.systems)[evaluation.system]
-    return metrics.Predictions(controls, controls, evaluation.target, cells, evaluation.given.query,
-                               evaluation.true_means(screen), names, screen.log_expression, meta,
-                               prior.twins(screen, evaluation, controls) if s.counterfactual else None)
+    controls, names = evaluation.given.controls, np.array(screen.systems)[evaluation.system]
+    twins = None if source is None else prior.twins(screen, evaluation, source)
+    return metrics.Predictions(controls, controls if source is None else source, evaluation.target, cells,
+                               evaluation.given.query, evaluation.true_means(screen), names, screen.log_expression,
+                               meta, twins)
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ def sample_tasks(rng: np.random.Generator | list[np.random.Generator], screen: S
             t = CONTROL
         chosen = np.concatenate([[CONTROL, t], experiments(task_rng, screen, s, t, context)])
         picked = [draw(task_rng, int(screen.count[s, i]), cells) for i in chosen]
-        if t == CONTROL:  # not the cells that are given: those have the given means, and other cells have not
+        if t == CONTROL:  # not the cells that are given, if there are 2N: those have the given means, others have not
             picked[:2] = draw(task_rng, int(screen.count[s, CONTROL]), 2 * cells).reshape(2, cells)
         rows.append(screen.start[s, chosen][:, None] + picked)
         treatments.append(screen.treatments[s, chosen])

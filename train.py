@@ -447,7 +447,7 @@ def train(s: Settings, folder: Path, screen: Screen, update_function: Callable |
     for i in range(done + 1, s.updates + 1):
         if s.fresh and block != (i - 1) // s.fresh:
             block = (i - 1) // s.fresh
-            training = prior.another(screen, block)
+            training = prior.another(screen, s.seed, block)
         drawn = update_tasks(s, training, i - 1, share)
         state, loss, norm = update(state, placed(drawn, shared), key)
         losses.append(loss)

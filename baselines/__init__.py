@@ -79,6 +79,7 @@ GRAPH = {  # told the causal graph, or its order only, of linear SCMs
     "known-graph": graph.KnownGraph,
     "known-order": graph.KnownOrder,
 }
+NEW_CELLS = (*GRAPH, "constant-mean")  # the others move control cells
 UNFITTED = ("identity", "target-only", *GRAPH)  # of these, what no condition of the screen has a say in
 TRAINED = {
     "cpa": Row("cpa.CPA", of_expression=True),
@@ -153,7 +154,9 @@ def predict(row: str, baseline: Baseline | None, screen: Screen, evaluation: Eva
     cells = np.empty_like(target)
     for p, system in enumerate(evaluation.system.tolist()):
         cells[p] = baseline.predict(evaluation.identity[p], system, given.query[p], rng)
-    twins = prior.twins(screen, evaluation, evaluation.identity)
+    twins = None
+    if row not in NEW_CELLS:
+        twins = prior.twins(screen, evaluation, evaluation.identity)
     return metrics.Predictions(given.controls, evaluation.identity, target, cells, *known, screen.log_expression, {},
                                twins)
 

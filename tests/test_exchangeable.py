@@ -11,6 +11,7 @@ import pytest
 
 import exchangeable
 import model
+import sample
 from exchangeable import LEAST, Exchangeable, partial_correlations
 from model import SLOTS, Architecture
 from scales import BadInput
@@ -172,3 +173,22 @@ def test_used_as_the_papers_network():
     assert model.count_parameters(net) == model.count_parameters(model.outline(SMALL, 50))
     with pytest.raises(BadInput, match="multiple of twice the number of heads"):
         model.build(Architecture(network="exchangeable.Exchangeable", width=10, heads=4), GENES, key=jr.key(0))
+
+
+def test_the_sampler_asks_once_what_is_known_of_a_task(monkeypatch):
+    """What neither noise nor time changes is computed once, and once more without the query for counterfactual cells,
+    whatever the number of steps."""
+    asked, whole = [], Exchangeable.condition
+
+    def counted(*args):
+        jax.debug.callback(lambda: asked.append(1))  # whenever it is computed, not when it is compiled
+        return whole(*args)
+
+    monkeypatch.setattr(Exchangeable, "condition", counted)
+    x, net = jax.tree.map(jnp.asarray, inputs()), network()
+    given = Given(x["controls"], x["context"], x["context_treatments"], x["query"])
+    for source, times in ((None, 1), (given.controls, 2)):
+        asked.clear()
+        jax.jit(lambda key: sample.flow(net, given, 1.0, 7, CELLS, source, key=key))(jr.key(0))
+        jax.effects_barrier()
+        assert len(asked) == times

@@ -205,7 +205,7 @@ def test_no_knock_out_changes_nothing():
     hit = np.eye(8, dtype=np.float32)[None, :4]
     given = Given(control, control[:, None] * (1 - hit[:, :, None]), hit, np.zeros((1, 8), np.float32))
     for steps, error in ((25, 1e-3), (predict.STEPS, 0.03)):
-        back = sample.generate(network, given, 1.0, steps, counterfactual=True, key=jr.key(0))
+        back = sample.generate(network, given, 1.0, steps, source=control, key=jr.key(0))
         assert 0 < np.sqrt(np.mean((back - control) ** 2)) < error
 
 

@@ -13,6 +13,7 @@ from conftest import write_linear
 
 import metrics
 import model
+import prior
 import sample
 import scales
 import tasks
@@ -86,9 +87,9 @@ def test_counterfactual_cells(network, given):
     def generate(query, **how):
         return sample.generate(network, given._replace(query=query), 2.0, key=jr.key(0), **how)
 
-    back = generate(np.zeros_like(given.query), counterfactual=True)
-    moved, new = generate(given.query, counterfactual=True), generate(given.query)
-    controls = given.controls
+    controls = given.controls[:, ::-1]  # the given ones or others: here in another order
+    back, moved = generate(np.zeros_like(given.query), source=controls), generate(given.query, source=controls)
+    new = generate(given.query)
     assert np.abs(back - controls).max() > 1e-7 and np.abs(moved - controls).max() > 0.3
     np.testing.assert_allclose(back, controls, atol=1e-3)
 
@@ -150,7 +151,7 @@ def test_no_more_at_a_time_than_there_are(network, given, monkeypatch, count, tu
     """Of 16 tasks on each of two devices less than half are repeats of the last one, but for the last turn of many."""
     asked = []
 
-    def flows(network, given, guidance, steps, cells, keys, counterfactual):
+    def flows(network, given, guidance, steps, cells, keys, source):
         asked.append(len(keys))
         return np.zeros((len(keys), cells, GENES), np.float32)
 
@@ -315,6 +316,31 @@ def test_counterfactual_cells_need_a_model_that_knows_no_knock_out(trained, main
         main(sample, "--screen", "dags", "--scale", "smoke", "--out", s.out, "--model", "dags", "--counterfactual")
 
 
+def test_counterfactual_cells_are_of_the_cells_that_rules_move(stage, settings, trained, monkeypatch):
+    """Not of those that differential expression is tested against, in which case it would be tested with less noise."""
+    load = model.load_model
+
+    def told_of_no_knock_out(file):
+        head, network = load(file)
+        return head | {"no_knock_out": 0.1}, network
+
+    monkeypatch.setattr(model, "load_model", told_of_no_knock_out)
+    stage(dataclasses.replace(settings, counterfactual=True, model=("moved=dags",)))
+    p = metrics.load_predictions(settings.out / "smoke" / "samples" / "dags" / "moved-split0-draw0.npz")
+    evaluation = tasks.evaluation_tasks(trained.screen, CELLS, 2)
+    assert np.array_equal(p.source, evaluation.identity) and np.array_equal(p.controls, evaluation.given.controls)
+    assert not np.array_equal(p.source, p.controls)
+    np.testing.assert_array_equal(p.twins, prior.twins(trained.screen, evaluation, evaluation.identity))
+
+
+@pytest.mark.parametrize("context, rows", [(1, ["", "~controls"]), (2, ["", "~controls", "~exchanged"])])
+def test_one_experiment_has_none_to_exchange_with(stage, settings, context, rows):
+    """So there is no such row of it."""
+    stage(dataclasses.replace(settings, context=context, context_gain=True, model=(f"with{context}=dags",)))
+    found = (settings.out / "smoke" / "samples" / "dags").glob(f"with{context}*.npz")
+    assert sorted(file.name for file in found) == sorted(f"with{context}{row}-split0-draw0.npz" for row in rows)
+
+
 def test_training_conditions_to_choose_by(trained, tmp_path, main):
     """A screen that the model has not met: each of its training conditions, from others that are known, in a folder of
     their own. Not the model's own screen."""
@@ -328,6 +354,7 @@ def test_training_conditions_to_choose_by(trained, tmp_path, main):
     assert len(p.target) == (screen.split[:, 1:] == tasks.TRAIN).sum() == 15
     assert p.meta["title"].endswith("training conditions")
     assert not (tmp_path / "smoke" / "samples" / "other").exists()
+    assert sample.most_experiments(screen, split=tasks.TRAIN) == 4  # of five, since a query is no experiment of its own
     with pytest.raises(BadInput, match="was trained on these conditions"):
         main(sample, "--screen", "dags", "--out", trained.settings.out, "--training", *place)
 

@@ -55,12 +55,12 @@ def report(tmp_path, monkeypatch):
 
 
 def test_gain_of_the_context(linear, report):
-    """Each training is compared with itself: levels that differ from seed to seed leave no error, and the rows with an
-    uninformed context are in no other table."""
+    """Each training is compared with itself, in the same draw of cells: levels that differ from seed to seed leave no
+    error, nor does a second draw; and the rows with an uninformed context are in no other table."""
     for seed, level in enumerate((0.2, 0.5, 0.9)):
-        for row, rmse in (("", level), ("~controls", level + 0.125)):
-            result(linear, f"mappfn-seed{seed}{row}", systems=("a", "b", "c"), treatments=("x",) * 3, rmse=rmse,
-                   meta={"trained_seed": seed})
+        for row, draw, rmse in (("", 0, level), ("", 1, level - 0.1), ("~controls", 0, level + 0.125)):
+            result(linear, f"mappfn-seed{seed}{row}", draw=draw, systems=("a", "b", "c"), treatments=("x",) * 3,
+                   rmse=rmse, meta={"trained_seed": seed})
     text, document = report()
     item = document["context_gain"]["linear"]["mappfn~controls"]["rmse"]
     assert item["difference"] == near(0.125) and item["error"] == near(0) and item["trainings"] == 3
@@ -112,12 +112,25 @@ def test_numbers_of_the_paper():
     assert set(tables.PAPER_COLUMNS) <= METRICS.keys() and tables.PAPER.keys() == tables.PAPER_TITLES.keys()
 
 
+def test_chosen_on_training_conditions(tmp_path, report):
+    """In each split the row that is better on the training conditions of that split, whatever the test ones say."""
+    for row, on_training, on_test in (("a", (0.1, 0.4), (0.8, 0.5)), ("b", (0.2, 0.3), (0.7, 0.6))):
+        for split in range(2):
+            for name, rmse in (("wet-training", on_training[split]), ("wet", on_test[split])):
+                result(tmp_path / "smoke" / "samples" / name, f"{row}-seed0", split=split, rmse=rmse)
+    text, document = report()
+    chosen = next(entry for entry in document["tables"]["wet"]["rows"] if entry["row"] == "chosen")
+    assert chosen["metrics"]["rmse"]["mean"] == near((0.8 + 0.6) / 2)
+    assert "Chosen: a in split 0, b in split 1." in text
+
+
 def test_gap_closed():
-    """Identity 0.5 and oracle 0.1: an RMSE of 0.2 closes three quarters, one of 0.7 minus a half."""
+    """Identity 0.5 and oracle 0.1: an RMSE of 0.2 closes three quarters, one of 0.7 minus a half; in squares more."""
     table = []
     for row, value in {"identity": 0.5, "oracle": 0.1, "mappfn": 0.2, "additive": 0.7}.items():
         table.append({"row": row, "metrics": {"rmse": {"mean": value}}})
     assert tables.gap_closed(table) == {"mappfn": near(0.75), "additive": near(-0.5)}
+    assert tables.gap_closed(table, power=2) == {"mappfn": near(0.21 / 0.24), "additive": near(-1)}
     assert tables.gap_closed(table[:1] + table[2:]) == {}
 
 

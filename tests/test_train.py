@@ -348,7 +348,7 @@ def test_training_learns_and_ends_tidily(trained, beginning):
 
 def test_other_systems_as_it_goes(trained, like, tmp_path, monkeypatch):
     """With --fresh 2, updates 3 and 4 are on systems that the screen has not, 5 on others again; the same for whoever
-    begins there. Real cells, and a fork's own prior, cannot be drawn anew."""
+    begins there, others for another training. Real cells, and a fork's own prior, cannot be drawn anew."""
     met, update_tasks = [], train.update_tasks
 
     def noted(s, screen, *rest):
@@ -358,7 +358,8 @@ def test_other_systems_as_it_goes(trained, like, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update_tasks", noted)
     train.train(like(updates=5, fresh=2), tmp_path / "a", trained.screen)
     assert met[1] == met[2] == trained.screen.cells[:3].sum() and met[3] == met[4] and len(set(met)) == 3
-    second = prior.another(trained.screen, 2)
+    second = prior.another(trained.screen, like().seed, 2)
+    assert prior.another(trained.screen, like().seed + 1, 2).cells[:3].sum() != met[5]
     assert second.cells[:3].sum() == met[5] and (second.split == tasks.TRAIN).all()
     assert len(second.systems) == 16 and second.made["section"] == trained.screen.made["section"]
     made = trained.screen.made
@@ -366,7 +367,7 @@ def test_other_systems_as_it_goes(trained, like, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="--fresh 2: dags is of no prior of prior.py"):
         train.train(like(fresh=2), tmp_path / "b", real)
     with pytest.raises(BadInput, match="--fresh: Mine is of no prior of prior.py"):
-        prior.another(dataclasses.replace(trained.screen, made=made | {"title": "Mine"}), 1)
+        prior.another(dataclasses.replace(trained.screen, made=made | {"title": "Mine"}), 0, 1)
 
 
 @pytest.mark.parametrize("looking", [{}, {"log_every": 7, "validate_every": 28}], ids=["same settings", "looking more"])
