@@ -48,10 +48,12 @@ BUGS = (
 
 
 def copy(folder: Path) -> None:
-    """All files of the repository, without what git ignores."""
+    """All files of the repository, without what git ignores. Raises BadInput if this is no clone."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=HERE,
-                            capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
+                            capture_output=True, text=True)
+    if listed.returncode != 0:
+        raise BadInput(f"{HERE}: git lists no files here ({listed.stderr.strip()}); a clone is needed, no archive")
+    for name in filter(None, listed.stdout.split("\0")):
         if (HERE / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HERE / name, folder / name)

@@ -9,7 +9,7 @@ paper's two data sets; writes a screen (tasks.py) `out/<scale>/screens/<name>/sp
     python data.py --scale paper --dataset melanoma   # Frangieh et al. 2021, downloaded
     python data.py --scale paper --dataset leukemia   # Papalexi et al. 2021, downloaded, or read with --h5ad FILE
 
-Departures from the paper, marked where they happen: D22, D23, D25, D26.
+Departures from the paper, marked where they happen: D22, D23, D25, D26, D57.
 
     paper          name here    shape    meaning
     psi            system                a cell line in a culture condition (the paper's "biological context")
@@ -74,8 +74,12 @@ DOWNLOADS = {  # file, and --treatment-col, --control and --system-col for it
     "melanoma": ("frangieh_2021_rna.h5ad", "perturbation", "control", "perturbation_2"),  # scPerturb's (released code)
     "leukemia": ("papalexi_2021.h5mu", "gene_target", "NT", "none"),
 }
-TREATMENT_COLUMNS = ("perturbation", "gene_target", "target_gene", "condition", "gene")
+TREATMENT_COLUMNS = ("perturbation", "gene_target", "target_gene", "condition", "gene", "target", "knockout", "guide",
+                     "guide_identity", "sgrna")  # in whatever case
 SYSTEM_COLUMNS = ("context", "cell_line", "cell_type", "perturbation_2")
+
+
+MOST_COUNTS, MOST_LOG = 1e7, 20.0  # of one gene in a cell: no cell has as many molecules
 
 
 def listed(names, most: int = 12) -> str:
@@ -150,15 +154,16 @@ def simulate_toy(settings: Settings):
 
 def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
     """Column of obs with the knocked-out genes, and its control labels, which differ in numbers only (NT1, NT2). If
-    several columns have some, those with other labels that are genes. Raises BadInput unless just one reading is left,
-    and no column without control labels names more genes."""
+    several columns have some, those with other labels that are genes; of several that say the same of every cell, the
+    first. Raises BadInput unless just one reading is left, and no column without control labels names more genes."""
     names, obs = TREATMENT_COLUMNS, cells.obs
+    columns = [c for name in names for c in obs if c.lower() == name]
     if settings.treatment_col is not None:
         names = [settings.treatment_col]
-    columns = [c for c in names if c in obs]
+        columns = [c for c in names if c in obs]
     if not columns:
         raise BadInput(f"--treatment-col: no column {' or '.join(names)} in obs; it has {listed(obs.columns)}")
-    found, seen, most = [], [], (0, "")
+    found, seen, most, meanings = [], [], (0, ""), []
     for c in columns:
         words = sorted(set(obs[c].dropna().astype(str)))
         genes = set(labels.gene_names(cells, words)[1])
@@ -171,12 +176,24 @@ def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
             found.append((known, c, [word for word in controls if labels.stem(word) == kind]))
     if any(known for known, _, _ in found):
         found = [reading for reading in found if reading[0]]
+    if len(found) > 1 and found[0][0]:
+        for _, c, controls in found:
+            words = sorted(set(obs[c].astype(str)))
+            genes = labels.gene_names(cells, words)[1]
+            meant = labels.read_labels(words, genes, "control", controls)
+            meant = {word: meaning for word, meaning in meant.items() if word in controls or meaning in genes}
+            meanings.append(obs[c].astype(str).map(meant).fillna("another").tolist())
+        if all(meaning == meanings[0] for meaning in meanings):
+            found = found[:1]
     if len(found) == 1 and found[0][0] < most[0]:
         words = listed(sorted(set(obs[most[1]].dropna().astype(str))))
         raise BadInput(f"column '{most[1]}' names {most[0]} measured genes, and none of its labels is a control that "
                        f"is known: {words}; column '{found[0][1]}' names {found[0][0]}, and has "
                        f"{' = '.join(found[0][2])}. Choose with --treatment-col and --control")
     if len(found) != 1:
+        if not found:
+            raise BadInput(f"none of the labels of {' and '.join(columns)} is a control that is known: {listed(seen)}; "
+                           "name it with --control, and another column with --treatment-col")
         readings = [f"'{c}': {' = '.join(controls)}" for _, c, controls in found]
         raise BadInput(f"{len(found)} kinds of control labels ({listed(readings)}) among the labels of "
                        f"{' and '.join(columns)}: {listed(seen)}; choose one with --treatment-col and --control")
@@ -202,8 +219,11 @@ def label_cells(cells, settings: Settings):
     cannot be used."""
     import pandas as pd
     where = "X"
+    if settings.log_transformed and settings.layer is not None:
+        labels.check_layer(cells, settings.layer)
+        cells.X = by_rows(cells.layers[settings.layer])
     if settings.log_transformed and cells.X is None:
-        raise BadInput("--log-transformed: the file has no X")
+        raise BadInput("--log-transformed: the file has no X; name a layer with --layer")
     if not settings.log_transformed:
         where, cells = labels.find_counts(cells, settings.layer)
     kinds = cells.var.get("feature_types")
@@ -243,18 +263,20 @@ def part(cells, chosen: Bool[np.ndarray, "n"]):
 
 
 def check_values(cells, log_transformed: bool) -> str:
-    """What kind of values X holds, in words. Raises BadInput for values that are negative or not finite, or counts
-    where logarithms are wanted."""
-    integers = True
+    """What kind of values X holds, in words. Raises BadInput for values that are negative, not finite or larger than
+    any can be, or counts where logarithms are wanted."""
+    integers, most = True, MOST_LOG if log_transformed else MOST_COUNTS
     for first in range(0, cells.n_obs, 1024):  # some rows at a time: large screens do not fit into memory several times
         block = cells.X[first : first + 1024]
         values = block if isinstance(block, np.ndarray) else block.data
-        if not np.all((values >= 0) & (values < np.inf)):  # NaN fails both
+        if not np.all((values >= 0) & (values <= most)):  # NaN fails both
             block = cells[first : first + 1024].to_df()
-            row, gene = np.argwhere(~((block >= 0) & (block < np.inf)).to_numpy())[0]
-            expected = "log-expression is" if log_transformed else "raw counts are"
+            row, gene = np.argwhere(~((block >= 0) & (block <= most)).to_numpy())[0]
+            expected = "raw counts are"
+            if log_transformed:
+                expected = "--log-transformed says that values are natural log1p of normalised counts, which are"
             raise BadInput(f"gene {block.columns[gene]} in cell {block.index[row]} is {block.iat[row, gene]}, but "
-                           f"{expected} finite and not negative")
+                           f"{expected} finite, not negative, and at most {most:g}")
         integers = integers and not np.any(values % 1)
     if log_transformed and integers:
         raise BadInput("--log-transformed, but all values are integers, like raw counts: leave the option out")
@@ -266,6 +288,7 @@ def usable_cells(cells, control: str, settings: Settings):
     Raises BadInput if a whole condition has no counts, or if no treatment is left, saying why."""
     obs = cells.obs.reset_index(drop=True)
     obs["condition"] = obs["system"] + "/" + obs["treatment"]
+    obs["label"] = cells.obsm["file"][cells.uns["treatment_col"]].astype(str).to_numpy()
     obs["total"] = np.asarray(cells.X.sum(axis=1)).ravel()
     reasons = []
 
@@ -276,7 +299,8 @@ def usable_cells(cells, control: str, settings: Settings):
             print(f"  dropped {reasons[-1]}")
         return obs[~bad]
 
-    obs = drop((obs["system"] == "") | (obs["treatment"] == ""), "condition", "without a system or treatment label")
+    obs = drop(obs["system"] == "", "condition", "without a system")
+    obs = drop(obs["treatment"] == "", "label", "that name no knock-out, or a gene and something besides")
     if not settings.unmeasured:
         obs = drop(~obs["treatment"].isin([control, *cells.var_names]), "treatment",
                    "that are no measured gene (--unmeasured keeps them as context)")
@@ -488,6 +512,8 @@ def load(settings: Settings):
         settings = dataclasses.replace(settings, treatment_col=settings.treatment_col or column,
                                        control=settings.control or control, system_col=settings.system_col or system)
     cells = simulate_toy(settings) if settings.dataset == "toy" else read(file)
+    if cells.n_vars < 3 or not cells.n_obs:
+        raise BadInput(f"{file}: {cells.n_obs} cells and {cells.n_vars} genes, which is no screen")
     if cells.n_vars < settings.genes:
         raise BadInput(f"--genes {settings.genes}: the file has only {cells.n_vars} genes; lower --genes")
     cells, control = label_cells(cells, settings)
@@ -501,7 +527,7 @@ def check(settings: Settings) -> None:
     if settings.dataset is None and settings.h5ad is None or settings.dataset == "toy" and settings.h5ad is not None:
         raise BadInput("say which data: either --dataset toy, melanoma or leukemia, or --h5ad FILE")
     if settings.h5ad is not None and not settings.h5ad.is_file():
-        raise BadInput(f"--h5ad {settings.h5ad}: no such file")
+        raise BadInput(f"--h5ad {settings.h5ad}: no such file, or a folder")
 
 
 def describe(settings: Settings, name: str) -> dict:

@@ -50,6 +50,7 @@ plt.plot(screen.means[system, 1], "k_", ms=12, label="infinitely many")
 plt.xlabel("variable")
 plt.ylabel("change of the mean")
 plt.legend()
+plt.tight_layout()
 plt.savefig(OUT / "lab-1.png", dpi=100)
 
 # %% [markdown]
@@ -63,6 +64,7 @@ plt.figure(figsize=(7, 3))
 plt.plot(log["tasks"], log["loss"], lw=0.7)
 plt.xlabel("tasks")
 plt.ylabel("flow-matching loss")
+plt.tight_layout()
 plt.savefig(OUT / "lab-2.png", dpi=100)
 
 # %% [markdown]

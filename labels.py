@@ -8,7 +8,7 @@ the error shows both, with the option that chooses each.
     STAT1g2, STAT1_1, sgSTAT1-3      STAT1, if that is a measured gene
     STAT1-KO, STAT1_P1P2_ACGTACGT    STAT1
     stat1, " STAT1"                  STAT1, if no two genes differ in case only
-    STAT1+ctrl, ctrl_STAT1           STAT1
+    STAT1+ctrl, STAT1_NT, STAT1g1|STAT1g2   STAT1
     unassigned, multiplet, ...       nothing: nobody knows what was done to these cells
     STAT1+JAK2, STAT1_GFP            nothing: a measured gene, and something besides
 """
@@ -22,17 +22,22 @@ import numpy as np
 from scales import BadInput
 
 SEPARATORS = r"[\s_\-.:|#/]"
-CONTROLS = ("control|ctrl|ctl|nt|ntc|non-?targeting|safe-?targeting|safe-?harbor|negative|neg|negctrl|negcontrol|"
-            "wt|wildtype|unperturbed|untreated|nonperturbed|scrambled?|mock|intergenic|aavs1")
-CONTROL = re.compile(rf"(sgrna|grna|sg)?({CONTROLS})({CONTROLS}|guide|sgrna|grna|sg|g|human|mouse)?\d*")
+CONTROLS = ("control|ctrl|ctl|nt|ntc|non-?target(ing)?|no-?target|safe-?targeting|safe-?harbor|negative|neg|negctrl|"
+            "negcontrol|wt|wildtype|unperturbed|untreated|nonperturbed|parental|scrambled?|scr|mock|intergenic|"
+            "aavs1|lacz|luciferase|rosa26")
+CONTROL = re.compile(rf"(sgrna|grna|sg|si|sh)?({CONTROLS})({CONTROLS}|guide|sgrna|grna|sg|g|human|mouse)?\d*")
 NOTHING = re.compile(r"nan|na|n/a|none|unknown|un(assigned|mapped|determined)|ambiguous|ambient|multi(plet|ple)?s?|"
                      r"doublets?")
 # What may follow a gene: a guide's number, KO, a promoter (P1P2), a strand, a sequence, an identifier.
 WORDS = r"sgrna|grna|guide|sg|g|ko|kd|crispri?|p1|p2|p1p2|[+\-]|[acgt]{8,}|ens[a-z]*\d+"
 AFTER = re.compile(rf"({SEPARATORS}+({WORDS})?{SEPARATORS}*\d*)+", re.IGNORECASE)
-GLUED = re.compile(rf"(sgrna|grna|guide|sg|g){SEPARATORS}*\d+")  # STAT1g2; but TUBG1 and Tubg1 are genes themselves
+# STAT1g2; but TUBG1 and Tubg1 are genes themselves
+GLUED = re.compile(rf"(sgrna|sgRNA|grna|gRNA|guide|sg|g){SEPARATORS}*\d+")
 BEFORE = re.compile(r"^(sgrna|grna|guide|sg)[_\-: ]", re.IGNORECASE)
-BEFORE_GLUED = re.compile(r"^(sgrna|grna|sg)(?=[A-Z0-9])")
+BEFORE_GLUED = re.compile(r"^(sgrna|grna|sg|si|sh)(?=[A-Z0-9])")
+# Two guides of one vector: STAT1|STAT1, or STAT1_NT; but in STAT1_+_ it is a strand.
+BESIDE = re.compile(r"(?<!_)\+(?!_)|--|[|;,&]|(?<=ctrl)_|_(?=ctrl)|"
+                    r"_(?=(?:nt|ntc|non-?targeting|safe-?targeting)\d*$)", re.IGNORECASE)
 COUNT_LAYERS = ("counts", "raw_counts", "raw", "count", "umi", "umis", "matrix", "spliced_counts", "spliced")
 
 
@@ -56,12 +61,15 @@ def gene_of(label: str, genes: set[str], upper: dict[str, str]) -> str | None:
     label = label.strip()
     if label in genes:
         return label
-    parts = [part for part in re.split(r"(?<!_)\+(?!_)|[;,&]|(?<=ctrl)_|_(?=ctrl)", label) if part]  # _+_ is a strand
+    parts = [part for part in BESIDE.split(label) if part]
     if len(parts) > 1:
         parts = [part for part in parts if not is_control(part)]
-    if len(parts) != 1:
-        return None
-    name = parts[0].strip()
+    found = {gene_of_guide(part.strip(), upper) for part in parts}
+    return found.pop() if len(found) == 1 else None
+
+
+def gene_of_guide(name: str, upper: dict[str, str]) -> str | None:
+    """The measured gene that one guide is of, None if none."""
     for candidate in (name, BEFORE.sub("", name), BEFORE_GLUED.sub("", name)):
         if candidate.upper() in upper:
             return upper[candidate.upper()]
@@ -76,7 +84,7 @@ def gene_of(label: str, genes: set[str], upper: dict[str, str]) -> str | None:
 def says_nothing(label: str, upper: dict[str, str]) -> bool:
     """Is it unknown what was done to these cells, or something besides the knock-out of a measured gene?"""
     label = label.strip()
-    parts = re.split(r"[\s_+;,&|/]+", label)
+    parts = re.split(r"[\s_+;,&|/]+|--", label)
     return NOTHING.fullmatch(label.lower()) is not None or any(part.upper() in upper for part in parts if len(part) > 1)
 
 
@@ -86,8 +94,9 @@ def stem(label: str) -> str:
 
 
 def controls_among(labels: Iterable[str], genes: set[str], asked: str | None) -> list[str]:
-    """The control labels: what was asked for, and what differs from it in numbers only; else all that look like one.
-    No measured gene is among them, unless it was asked for."""
+    """The control labels: what was asked for, and what differs from it in numbers only; without such a label, those
+    that look like controls and differ from it in case or numbers; if nothing was asked for, all that look like one. No
+    measured gene is among them, unless it was asked for."""
     labels, upper = list(labels), by_upper_case(genes)
 
     def named(label):  # WT1 and its guides; of the gene CTRL no control loses its name
@@ -96,14 +105,17 @@ def controls_among(labels: Iterable[str], genes: set[str], asked: str | None) ->
 
     if asked is None:
         return [label for label in labels if is_control(label) and not named(label)]
-    if asked not in {label.strip() for label in labels}:
-        return []
-    return [label for label in labels if label.strip() == asked or stem(label) == stem(asked) and not named(label)]
+    if asked in {label.strip() for label in labels}:
+        return [label for label in labels if label.strip() == asked or stem(label) == stem(asked) and not named(label)]
+    alike = [label for label in labels if stem(label) == stem(asked) and is_control(label) and not named(label)]
+    if asked[-1:].isdigit():  # NT stands for NT1 and NT2, but nt3 for NT3 only
+        alike = [label for label in alike if label.strip().lower() == asked.lower()]
+    return alike
 
 
 def read_labels(labels: Iterable[str], genes: Iterable[str], control: str, controls: Iterable[str]) -> dict[str, str]:
-    """Label -> `control`, a measured gene, nothing if that is what it says, or itself. Raises BadInput for a label that
-    is two genes but for its case."""
+    """Label -> `control`, a measured gene, nothing if that is what it says or it is another control, or itself. Raises
+    BadInput for a label that is two genes but for its case."""
     names, controls = set(genes), set(controls)
     upper = by_upper_case(names)
     found = {}
@@ -116,7 +128,7 @@ def read_labels(labels: Iterable[str], genes: Iterable[str], control: str, contr
         if same:
             raise BadInput(f"label '{label}': {' or '.join(sorted(same))}? These genes differ in case only; rename the "
                            "label as the one that is meant")
-        if gene is None and not says_nothing(label, upper):
+        if gene is None and not says_nothing(label, upper) and not is_control(label):
             gene = label.strip()
         found[label] = gene or ""
     return found
@@ -165,6 +177,12 @@ def kind_of(values) -> str:
     return "fractions"
 
 
+def check_layer(cells, name: str) -> None:
+    """Raise BadInput unless there is a layer of this name."""
+    if name not in cells.layers:
+        raise BadInput(f"--layer {name}: there is none of that name; layers: {', '.join(cells.layers) or 'none'}")
+
+
 def find_counts(cells, layer: str | None = None) -> tuple[str, object]:
     """Where raw counts are, in words, and an AnnData whose X they are: that layer, or X itself, a layer, or .raw;
     corrected counts only where there are no others. Raises BadInput if there are none, or only in several layers of
@@ -174,8 +192,8 @@ def find_counts(cells, layer: str | None = None) -> tuple[str, object]:
         other.X = other.layers[name]
         return other
 
-    if layer is not None and layer not in cells.layers:
-        raise BadInput(f"--layer {layer}: there is none of that name; layers: {', '.join(cells.layers) or 'none'}")
+    if layer is not None:
+        check_layer(cells, layer)
     usual = [name for wanted in COUNT_LAYERS for name in cells.layers if name.lower() == wanted]
     unusual = sorted(set(cells.layers) - set(usual))
     places = {}  # the first that has some is taken
@@ -196,6 +214,6 @@ def find_counts(cells, layer: str | None = None) -> tuple[str, object]:
             return f"{wanted} (in {having[0]})", places[having[0]][1]()
     if kinds == {"X": "negative"}:  # data.py says which value it is
         return "X", cells
-    seen = "; ".join(f"{place}: {kind}" for place, kind in kinds.items())
-    raise BadInput(f"no raw counts ({seen}): put them into X, a layer or .raw, or say --log-transformed if X is the "
-                   "natural log1p of normalised counts")
+    seen = "; ".join(f"{place}: {kind}" for place, kind in kinds.items()) or "the file has no values"
+    raise BadInput(f"no raw counts ({seen}): put them into X, a layer or .raw; or, if X is the natural log1p of "
+                   "normalised counts, say --log-transformed")

@@ -374,7 +374,8 @@ def load_predictions(path: str | Path) -> Predictions:
         p = p._replace(log_expression=bool(p.log_expression), meta=meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError,
             zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"{path}: not a readable file of predictions ({error}); delete it and write it again") from error
+        raise BadInput(f"{path}: not a readable file of predictions ({error}); if sample.py or "
+                       "baselines wrote it, delete it and write it again") from error
     check_predictions(path, p)
     return p
 

@@ -378,8 +378,8 @@ def read_leaves(path: Path, like) -> tuple[dict, PyTree]:
             raise
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
             reason = [*str(error).splitlines(), type(error).__name__][0]
-            raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); "
-                           "delete it to train anew") from None
+            raise BadInput(f"{path}: not a checkpoint of this program, or damaged ({reason}); if "
+                           "train.py wrote it, delete it to train anew") from None
 
 
 def run_folder(s, run: str, split: int) -> Path:

@@ -54,6 +54,7 @@ BOX = Path(__file__).parent / "checkpoints" / "screens.eqx"
 SIMPLE = ("identity", "target-only", "system-mean", "target-gene")  # what --evaluate compares with
 STEPS = 10  # Dopri5 steps, there and back
 GUIDANCE = 2.0  # of new cells, where the checkpoint has none (A.4)
+TO_EVALUATE = "a knock-out of a measured gene, and another one"
 SHOWN = 4  # queries in the figure
 MEANING = {"wasserstein": "distance of predicted cells from true ones", "mmd": "another such distance",
            "rmse": "error of a gene's mean", "pds": "is it this knock-out, or might it be another? 0.5: pure chance",
@@ -150,41 +151,64 @@ def draw_task(rng: np.random.Generator, control: Float[np.ndarray, "n G"],
     return given, rows, chosen
 
 
-def as_cells(name: str, values, genes: int) -> Float[np.ndarray, "n G"]:
-    """Cells as an array. Raises BadInput for another number of genes, no cells, and what is no log-expression."""
-    values = values.toarray() if hasattr(values, "toarray") else np.asarray(values, float)
-    if values.ndim != 2 or values.shape[1] != genes or not len(values):
-        raise BadInput(f"{name}: shape {values.shape}, expected cells x {genes} genes")
-    if not (np.isfinite(values) & (values >= 0)).all() or not (values % 1).any():
-        raise BadInput(f"{name}: expected natural log1p of normalised counts: finite, not negative, not all whole")
+def as_cells(name: str, values, genes: list[str]) -> Float[np.ndarray, "n G"]:
+    """Cells as an array; of a table or AnnData, the columns of these genes. Raises BadInput for other genes, no cells,
+    and what is no log-expression."""
+    if hasattr(values, "to_df"):
+        values = values.to_df()
+    if hasattr(values, "columns"):
+        columns = list(map(str, values.columns))
+        missing = set(genes) - set(columns)
+        if missing:
+            raise BadInput(f"{name}: has no column {data.listed(sorted(missing))}")
+        values = values.iloc[:, [columns.index(gene) for gene in genes]]
+    try:
+        values = values.toarray() if hasattr(values, "toarray") else np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise BadInput(f"{name}: {type(values).__name__}, expected numbers, cells x genes") from None
+    if values.ndim != 2 or values.shape[1] != len(genes) or not len(values):
+        raise BadInput(f"{name}: shape {values.shape}, expected cells x {len(genes)} genes")
+    if not ((values >= 0) & (values <= data.MOST_LOG)).all() or not (values % 1).any():
+        raise BadInput(f"{name}: expected natural log1p of normalised counts: finite, not negative, at most "
+                       f"{data.MOST_LOG:g}, not all whole")
     return values
 
 
-def predict(control, experiments: Mapping, query: str | int, genes: list | None = None,
-            checkpoint: Path | Checkpoint = BOX, cells: int = 200,
-            seed: int = 0) -> tuple[Float[np.ndarray, "N G"], Float[np.ndarray, "N G"]]:
-    """N = `cells` control cells, and what each would be if gene `query` were knocked out. `control`: n cells x G genes;
-    `experiments`: cells of known knock-outs, by gene; a name that is none of `genes` is an experiment all the same. All
-    are natural log1p of normalised counts, as arrays, sparse matrices or tables. Without `genes`, these have the names
-    of the table's columns, or the numbers of the array's. Raises BadInput for a query that is no measured gene, for
-    arrays that cannot be meant, or without experiments."""
+def predict(control, experiments, query, genes=None, checkpoint=BOX, cells=200,
+            seed=0) -> tuple[Float[np.ndarray, "N G"], Float[np.ndarray, "N G"]]:
+    """N = `cells` control cells, or all, and what each would be if gene `query` were knocked out. `control`: n cells x
+    G genes; `experiments`: cells of known knock-outs, by gene; what is no gene is an experiment all the same. All
+    are natural log1p of normalised counts, as arrays, sparse matrices, tables or AnnData. Without `genes`, these have
+    the names of the table's columns, or the numbers of the array's. `checkpoint`: a path, or a Checkpoint. Raises
+    BadInput for a query that is no measured gene, for what cannot be meant, or without experiments."""
+    for name, number in (("cells", cells), ("seed", seed)):
+        if not isinstance(number, int):
+            raise BadInput(f"{name} {number}: expected a whole number")
+        scales.check_number(name, number)
+    if not isinstance(experiments, Mapping):
+        raise BadInput(f"experiments: {type(experiments).__name__}, expected a dictionary of gene -> cells")
     if genes is None:
-        genes = getattr(control, "columns", range(np.shape(control)[-1]))
-    genes, query = [str(gene) for gene in genes], str(query)
-    experiments = {str(name): each for name, each in experiments.items()}
-    if query not in genes:
+        width = (np.shape(control) or (0,))[-1]
+        genes = getattr(control, "var_names", getattr(control, "columns", range(width)))
+    genes = [str(gene) for gene in genes]
+    if len(set(genes)) < len(genes):
+        raise BadInput("genes: some names are there twice")
+    upper = labels.by_upper_case(genes)
+    asked = labels.gene_of(str(query), set(genes), upper)
+    if asked is None:
         raise BadInput(f"{query}: not among the measured genes, and what is not measured cannot be asked for; it can "
                        "be an experiment of the context")
-    control = as_cells("control", control, len(genes))
-    experiments = {name: as_cells(name, each, len(genes)) for name, each in experiments.items()}
-    for name in experiments:
-        if name != query and labels.gene_of(name, {query}, {query.upper(): query}):
-            raise BadInput(f"experiments: '{name}' seems to be {query}, which is asked for; give experiments the names "
-                           "of genes, and those of one gene together")
+    control = as_cells("control", control, genes)
+    known = {}
+    for name, each in experiments.items():
+        gene = labels.gene_of(str(name), set(genes), upper) or str(name)
+        if gene in known:
+            raise BadInput(f"experiments: several are knock-outs of {gene}; give their cells together")
+        known[gene] = as_cells(str(name), each, genes)
     rng = scales.generator("sampling", seed)
     with jax.enable_x64(False):  # in a notebook it may be on: importing pertpy is enough
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        given, *_ = draw_task(rng, control, experiments, query, genes, loaded.head["context"], cells)
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(Path(checkpoint))
+        given, *_ = draw_task(rng, control, known, asked, genes, loaded.head["context"], min(cells, len(control)))
         return given.controls, cells_of(loaded, given, key=scales.key("sampling", seed))
 
 
@@ -193,7 +217,8 @@ def predict(control, experiments: Mapping, query: str | int, genes: list | None 
 
 def read(s: Settings):
     """Normalised cells of the genes that are predicted, of one biological context, with 'treatment' and the columns of
-    the file in obs; and the control label. Raises BadInput if something cannot be read, or is asked for in vain."""
+    the file in obs; the control label; and the genes that are asked for. Raises BadInput if something cannot be read,
+    or is asked for in vain."""
     source = {"dataset": "toy"} if s.file == Path("toy") else {"h5ad": s.file}
     wanted = data.Settings(**source, treatment_col=s.treatment_col, control=s.control, system_col=s.system_col,
                            holdout_system=s.system, layer=s.layer, log_transformed=s.log_transformed,
@@ -208,21 +233,21 @@ def read(s: Settings):
             raise BadInput(f"{s.file}: its obs has a column '{column}', which predict.py writes. Rename it; or, if "
                            "this is a prediction, give the file that it was made from: predicted cells show nothing")
     cells = data.part(cells, (cells.obs["system"] == system).to_numpy())
-    upper = labels.by_upper_case(cells.var_names)
+    upper, in_file = labels.by_upper_case(cells.var_names), dict(zip(cells.var["name_in_file"], cells.var_names))
     queries = []
     for word in s.query:
-        gene = labels.gene_of(word, set(cells.var_names), upper)
+        gene = labels.gene_of(word, set(cells.var_names), upper) or in_file.get(word)
         if gene is None:
             raise BadInput(f"--query {word}: not among the {cells.n_vars} measured genes, and what is not measured "
                            f"cannot be asked for; the genes are called {data.listed(cells.var_names, 3)}")
-        queries.append(gene)
+        queries += [gene] if gene not in queries else []
     note = "normalised as given"
     if not s.log_transformed:
         note = f"median count {data.normalise(cells, np.ones(cells.n_obs, bool)):g}"
     cells.obs["use"] = TRAIN
     strength = data.rank_genes(cells, control)
     perturbed = set(cells.obs["treatment"]) - {control}
-    first = [*dict.fromkeys(queries), *(gene for gene in strength.index if gene in perturbed and gene not in queries)]
+    first = [*queries, *(gene for gene in strength.index if gene in perturbed and gene not in queries)]
     order = [*first, *(gene for gene in strength.index if gene not in first)]
     kept = set(order if s.genes == "all" else order[: s.genes]) | set(queries)
     cells = cells[:, [gene for gene in cells.var_names if gene in kept]].copy()  # in the order of the file
@@ -231,8 +256,9 @@ def read(s: Settings):
     # Peak memory: all cells are dense, and those that are drawn or predicted are there several times.
     gigabytes = 1 + 4e-9 * cells.n_vars * (cells.n_obs + 6 * len(queries) * s.draws * s.cells)
     if gigabytes > 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise BadInput(f"--genes {s.genes}: {cells.n_vars} genes of {cells.n_obs} cells want {gigabytes:.0f} GB of "
-                       "memory, which this machine has not; ask for fewer")
+        raise BadInput(f"--genes {s.genes}, --draws {s.draws}, --cells {s.cells}: {cells.n_vars} genes of {cells.n_obs}"
+                       f" cells, and what is drawn of them, want {gigabytes:.0f} GB of memory, which this machine has "
+                       "not; ask for fewer")
     cells.uns |= {"normalisation": note, "system": system, "control": control}
     predicted = sorted(perturbed & set(cells.var_names))
     others = sorted(perturbed - set(strength.index))
@@ -268,8 +294,11 @@ def verdict(name: str, table: dict[str, dict]) -> str:
     metric = metrics.METRICS[name]
     sign = -1 if metric.better == "higher" else 1
     best = min(SIMPLE, key=lambda row: sign * table[row][name])
-    files = [[{"meta": {"split": 0}, "metrics": table[row]}] for row in ("prediction", best)]
-    item = judge.compare(*(judge.gather(file, name, lambda value: sign * value) for file in files))
+    rows = []
+    for row in ("prediction", best):
+        file = {"meta": {"split": 0}, "metrics": table[row]}
+        rows.append(judge.gather([file], name, lambda value: sign * value))
+    item = judge.compare(*rows)
     if item["error"] is None:
         words = "one knock-out tells nothing"
     elif item["low"] > 0:
@@ -284,33 +313,38 @@ def verdict(name: str, table: dict[str, dict]) -> str:
 
 def evaluate(s: Settings, screen: Screen, checkpoint: Checkpoint, context: int) -> None:
     """Each measured knock-out of a predicted gene, held out in turn: metrics beside those of simple rules, and in words
-    whether it is better than they are."""
+    whether it is better than they are. All of them have had a say in which genes are predicted."""
     import baselines
 
     folds, found = tasks.folds(screen, 10**6), {}
     if not folds:
-        raise BadInput("--evaluate: needs two knock-outs of measured genes")
+        raise BadInput(f"--evaluate: needs {TO_EVALUATE}")
+    held_out = [fold.count[fold.split == VALIDATION].min() for fold in folds]
+    cells = int(min(s.cells, screen.count[0, CONTROL], *held_out))  # none twice: a test would take it for two
     for number, fold in enumerate(announced(folds, "knock-outs")):
-        e = tasks.evaluation_tasks(fold, s.cells, 0, s.seed, split=VALIDATION)
+        e = tasks.evaluation_tasks(fold, cells, 0, s.seed, split=VALIDATION)
         e = e._replace(identity=e.given.controls)  # rules are applied to the cells that the network is applied to
         rng = scales.generator("evaluation", s.seed, number)
         name = fold.treatment_names[int(e.treatment[0])]
-        given, *_ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, s.cells)
+        given, *_ = draw_task(rng, e.given.controls[0], pools(fold), name, list(fold.genes), context, cells)
         given = given._replace(controls=e.given.controls[0])
-        cells = cells_of(checkpoint, given, key=scales.key("sampling", s.seed, number))
+        predicted = cells_of(checkpoint, given, key=scales.key("sampling", s.seed, number))
         found.setdefault("prediction", []).append(metrics.Predictions(
-            e.given.controls, e.given.controls, e.target, cells[None], e.given.query, e.true_means(fold),
+            e.given.controls, e.given.controls, e.target, predicted[None], e.given.query, e.true_means(fold),
             np.array(fold.systems)[e.system], True, {}))
         for row in SIMPLE:
             p = baselines.predict(row, baselines.make(row, "laptop", fold, rng), fold, e, rng)
             found.setdefault(row, []).append(p)
     table = {}
     for row, each in found.items():
-        fields = metrics.Predictions._fields[:7]
-        arrays = [np.concatenate([np.asarray(getattr(p, name)) for p in each]) for name in fields]
-        table[row] = metrics.evaluate(metrics.Predictions(*arrays, True, {}))
+        fields = {}
+        for name in ("controls", "source", "target", "prediction", "treatments", "expected", "systems"):
+            fields[name] = np.concatenate([getattr(p, name) for p in each])
+        table[row] = metrics.evaluate(metrics.Predictions(**fields, log_expression=True, meta={}))
     shown = [name for name in metrics.METRICS if all(numbers[name] is not None for numbers in table.values())]
-    print(f"{len(folds)} knock-outs, each predicted from the others, {s.cells} cells:")
+    fewest = f", as many as the smallest has (--min-cells {s.min_cells})" if cells == min(held_out) < s.cells else ""
+    print(f"{len(folds)} knock-outs, each predicted from the others, {cells} cells{fewest}; all have had a say in "
+          "which genes these are:")
     headings = [f"{metrics.METRICS[name].heading} {ARROWS[metrics.METRICS[name].better]}" for name in shown]
     print(f"{'':14}" + "".join(f"{heading:>16}" for heading in headings))
     for row, numbers in table.items():
@@ -375,26 +409,31 @@ def figure(path: Path, found: dict[str, list[Draw]], screen: Screen) -> None:
 
 def annotated(found: dict[str, list[Draw]], controls, counterfactual: bool, made: dict):
     """All as an AnnData: control cells of the file that were drawn, then predicted ones, with the columns that the file
-    has for the control cell that they were; genes by the file's names and in its order. `controls`: AnnData."""
+    has for the control cell that they were, but for those that name a knock-out; genes by the file's names and in its
+    order. Control labels that differ in numbers only are one. `controls`: AnnData."""
     import anndata
     import pandas as pd
 
-    column, original = controls.uns["treatment_col"], controls.obsm["file"].astype({controls.uns["treatment_col"]: str})
+    column, original = controls.uns["treatment_col"], controls.obsm["file"]
+    told = [name for name in original if name == column or name.lower() in data.TREATMENT_COLUMNS]
+    original = original.astype(dict.fromkeys(told, str))
     drawn = np.unique(np.concatenate([draw.rows for draws in found.values() for draw in draws]))
     blocks, tables = [controls[drawn].to_df().to_numpy()], [original.iloc[drawn].assign(predicted=False)]
     tables[0][column] = controls.uns["control"]
     for query, draws in found.items():
         for number, draw in enumerate(draws):
             table = original.iloc[draw.rows].assign(predicted=True, control_cell=controls.obs_names[draw.rows])
-            table[column] = query
+            for name in told:
+                table[name] = query
             if not counterfactual:
                 table["control_cell"] = ""
             table.index = [f"{query}-{number}-{i}" for i in range(len(table))]  # a control cell can be drawn twice
             blocks.append(draw.after)
             tables.append(table)
     obs = pd.concat(tables)
+    obs.index.name = original.index.name
     obs["control_cell"] = obs["control_cell"].fillna("")
-    obs[column] = obs[column].astype("category")
+    obs[told] = obs[told].astype("category")
     var = controls.var.set_index("name_in_file")
     var.index.name = None
     return anndata.AnnData(np.concatenate(blocks).astype(np.float32), obs, var, uns={"prediction": made})
@@ -414,35 +453,49 @@ def write_h5ad(cells, path: Path) -> None:
 
 def main() -> None:
     """Inspect, evaluate or predict."""
-    import pandas as pd
-
     s = scales.parse(Settings, lambda s: ())
     if not (s.query or s.validate or s.evaluate):
         raise BadInput("say what is wanted: --query GENE ..., --evaluate, or --validate")
+    if s.out.suffix != ".h5ad":
+        raise BadInput(f"--out {s.out}: expected a name that ends in .h5ad")
+    if s.validate or not s.query:
+        work(s)
+    else:
+        with scales.alone(s.out):  # from the start: of two that write the same, one would have worked in vain
+            work(s)
+
+
+def work(s: Settings) -> None:
+    """What main does, once the place of the output is ours."""
+    import pandas as pd
+
     table, picture = s.out.with_name(f"{s.out.stem}-genes.csv"), s.out.with_name(f"{s.out.stem}-cells.png")
     for path in (s.out, table, picture):
         if path.exists() and s.query and not s.validate:
             raise BadInput(f"{path}: is there already; move it away, or give another --out")
-    checkpoint = None if s.validate else load_checkpoint(s.checkpoint)
+    checkpoint = load_checkpoint(s.checkpoint)
     cells, control, queries = read(s)
     screen = data.as_screen(cells, {"control": control, "title": "own screen", "section": "real"})
     if s.validate:
-        print("the file can be used" + f"; can be asked for: {', '.join(queries)}" * bool(queries))
+        print("the file can be used")
+        if queries:
+            print(f"can be asked for: {', '.join(queries)}")
         if not tasks.folds(screen, 10**6):
-            print("but not --evaluate, which needs two knock-outs of measured genes")
+            print(f"but not --evaluate, which needs {TO_EVALUATE}")
         return
     context = s.experiments or checkpoint.head["context"]
     if s.evaluate:
         evaluate(s, screen, checkpoint, context)
     if not queries:
         return
-    print(f"{len(queries)} knock-outs x {s.draws} draws of {s.cells} cells and {cells.n_vars} genes", flush=True)
     controls, found = cells[(cells.obs["treatment"] == control).to_numpy()].copy(), {}
+    drawn = min(s.cells, controls.n_obs)  # none twice in a draw
+    print(f"{len(queries)} knock-outs x {s.draws} draws of {drawn} cells and {cells.n_vars} genes", flush=True)
     todo = [(number, query, i) for number, query in enumerate(queries) for i in range(s.draws)]
     for number, query, i in announced(todo, "draws"):
         rng, key = (make("sampling", s.seed, number, i) for make in (scales.generator, scales.key))
         given, rows, experiments = draw_task(rng, screen.pool(0, CONTROL), pools(screen), query, list(screen.genes),
-                                             context, s.cells)
+                                             context, drawn)
         after = cells_of(checkpoint, given, key=key)
         found.setdefault(query, []).append(Draw(rows, given.controls, after, experiments))
     rows = []
@@ -455,11 +508,10 @@ def main() -> None:
             "experiments": json.dumps({query: [draw.experiments for draw in found[query]] for query in queries}),
             "settings": json.dumps(dataclasses.asdict(s), default=str)}
     result = annotated(found, controls, checkpoint.counterfactual, made)
-    with scales.alone(s.out):
-        write_h5ad(result, s.out)
-        with scales.atomic(table) as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index=False)
-        figure(picture, found, screen)
+    write_h5ad(result, s.out)
+    with scales.atomic(table) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    figure(picture, found, screen)
     print(f"{table.name}: the share of draws in which a gene is called is a spread, and no probability that it answers")
     if len(found) > SHOWN:
         print(f"{picture.name} shows the first {SHOWN} queries")

@@ -249,6 +249,10 @@ def parse(settings_class, sections, argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(settings_class, args=argv)
     check_numbers(given)
+    for field in dataclasses.fields(given):
+        if str(getattr(given, field.name)).startswith("~"):  # no shell expands --out=~/here
+            raise BadInput(f"--{field.name.replace('_', '-')} {getattr(given, field.name)}: '~' is no folder here; "
+                           "write the path in full")
     for name in PLACES:
         check_name(getattr(given, name, None) or "")
     scale = getattr(given, "scale", "paper")
@@ -290,9 +294,14 @@ def check_numbers(s) -> None:
         value = getattr(s, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
-                least, most = LIMITS[field.name]
-                if not least <= number <= most:  # not a number is refused too
-                    raise BadInput(f"--{field.name.replace('_', '-')} {number}: expected {least} to {most}")
+                check_number(field.name, number)
+
+
+def check_number(name: str, number: int | float) -> None:
+    """Raise BadInput for a number outside LIMITS."""
+    least, most = LIMITS[name]
+    if not least <= number <= most:  # not a number is refused too
+        raise BadInput(f"--{name.replace('_', '-')} {number}: expected {least} to {most}")
 
 
 def check_name(name: str) -> None:

@@ -40,10 +40,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 REPRESSES = 0.3      # share of edges; in sergio-rs as released all activate
-# From the steady state on: 2 to 4 times 1 / lambda, and steps short beside it. Noise moves means away from that state, and
-# has then done nearly all of it: at 16 they are lower by some hundredths. How long a step is matters where noise is high
-# and expression is often cut at 0: at the prior's most, 1.5, means downstream are 3% higher in steps of half the length,
-# and up to 9% in steps of a tenth; at 0.5 no more than Monte-Carlo error (tests/test_simulator.py).
+# From the steady state on: 2 to 4 times 1 / lambda, and steps short beside it. Noise moves means away from that state,
+# and has then done nearly all of it: at 16 they are lower by some hundredths. How long a step is matters where noise is
+# high and expression is often cut at 0: at the prior's most, 1.5, means downstream are 3% higher in steps of half the
+# length, and up to 9% in steps of a tenth; at 0.5 no more than Monte-Carlo error (tests/test_simulator.py).
 TIME, STEPS = 4.0, 40
 
 

@@ -108,8 +108,8 @@ def test_usual_names_are_found(column, control, label):
     ({"perturbation": ["NT", "a"], "gene_target": ["NT", "b"]}, {}, "gene_target.*--treatment-col"),
     ({"perturbation": ["a", "b"]}, {}, "a, b.*--control"),
     ({"perturbation": ["control", "b"]}, {"control": "ctrl"}, "b, control.*--control"),
-    ({"guide": ["control", "b"]}, {}, "--treatment-col.*guide"),
-    ({"guide": ["control", "b"]}, {"treatment_col": "guides"}, "--treatment-col.*guides.*guide")])
+    ({"oligo": ["control", "b"]}, {}, "--treatment-col.*oligo"),
+    ({"oligo": ["control", "b"]}, {"treatment_col": "oligos"}, "--treatment-col.*oligos.*oligo")])
 def test_unclear_treatments(obs, asked, named):
     """Missing or ambiguous columns and control labels are refused with the candidates."""
     with refuses(named):
@@ -151,6 +151,41 @@ def test_files_as_people_have_them(capsys):
     printed = capsys.readouterr().out
     assert "counts (in .raw)" in printed and "T0g1 = t0" in printed and "NT2 = NT1" in printed
     assert "genes by var['Symbol']" in printed
+
+
+def test_columns_that_say_the_same(capsys):
+    """A column of guides beside one of genes, whatever the case of their names, is no second reading: the first is
+    taken. One that says something else of some cell is."""
+    usual = processed(make_cells(), genes=10)
+    cells = make_cells()
+    cells.obs["Guide"] = [f"{label}_1" for label in cells.obs["perturbation"]]
+    found = processed(cells)
+    assert (found.obs["treatment"].to_numpy() == usual.obs["treatment"].to_numpy()).all()
+    assert "treatment column 'perturbation'" in capsys.readouterr().out
+    cells = make_cells()
+    cells.obs["Guide"] = [f"{label}_1".replace("t1", "t2") for label in cells.obs["perturbation"]]
+    with refuses("2 kinds of control labels .'perturbation': control, 'Guide': control_1."):
+        processed(cells)
+    with refuses("none of the labels of perturbation is a control that is known"):
+        cells = make_cells()
+        cells.obs["perturbation"] = cells.obs["perturbation"].replace("control", "plain")
+        processed(cells)
+
+
+def test_values_that_cannot_be():
+    """No cell has 1e30 molecules, and no logarithm is 1,000; those of a named layer are read where they are."""
+    cells = make_cells(sparse=False)
+    cells.layers["log"] = np.log1p(cells.X)
+    found = processed(cells.copy(), log_transformed=True, layer="log", genes=10)
+    assert found.X.max() < 20
+    with refuses("--layer logs: there is none"):
+        processed(cells.copy(), log_transformed=True, layer="logs")
+    cells.layers["log"][3, 2] = 1000
+    with refuses("is 1000.0, but --log-transformed says .* are finite, not negative, and at most 20"):
+        processed(cells.copy(), log_transformed=True, layer="log")
+    cells.X[3, 2] = 1e30
+    with refuses("but raw counts are finite, not negative, and at most 1e.07"):
+        processed(cells.copy())
 
 
 def test_unmeasured_knock_outs_are_context(tmp_path):
@@ -316,7 +351,7 @@ def test_dropped_cells_are_told(capsys):
     cells.obs["perturbation"] = labels
     result = processed(cells[np.setdiff1d(np.arange(cells.n_obs), small)].copy())
     out = capsys.readouterr().out
-    for told in ("t1+t2 = nothing", "dropped 5 cells of 1 conditions without a system or treatment label",
+    for told in ("t1+t2 = nothing", "dropped 5 cells of 2 labels that name no knock-out",
                  "dropped 4 cells of 1 treatments that are no measured gene", ": TP53",
                  "dropped 5 cells of 1 conditions because they have no counts", "dropped 15 cells"):
         assert told in out

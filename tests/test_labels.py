@@ -15,7 +15,8 @@ GENES = {"STAT1", "STAT2", "NKX2-1", "WT1", "TP53", "HLA-A", "Jak2", "NT5E", "IL
 @pytest.mark.parametrize("label", [
     "control", "CTRL", "NT", "nt", "NTC", "non-targeting", "Non_Targeting", "nontargeting", "safe-targeting", "NT1",
     "NT-2", "NTg1", "NT_sg3", "negCtrl", "neg_ctrl_4", "negative control", "WT", "wild type", "unperturbed", "scramble",
-    "AAVS1", "non-targeting control", "control_12", "sgNT-1", "sgNTC_2", "Non-Targeting_Human_0001"])
+    "AAVS1", "non-targeting control", "control_12", "sgNT-1", "sgNTC_2", "Non-Targeting_Human_0001",
+    "no-target", "NonTarget_1", "scr", "siCtrl", "lacZ", "Rosa26", "parental"])
 def test_controls(label):
     assert labels.is_control(label)
 
@@ -32,7 +33,9 @@ def test_no_controls(label):
     ("NKX2-1", "NKX2-1"), ("NKX2-1_2", "NKX2-1"), ("WT1", "WT1"), ("JAK2", "Jak2"), ("HLA-A", "HLA-A"),
     ("STAT1-KO", "STAT1"), ("STAT1 KO", "STAT1"), ("STAT1_ACGTACGTAC", "STAT1"), ("STAT1_P1P2_ENSG001", "STAT1"),
     ("STAT1_+_5021_ACGTACGT", "STAT1"), ("sgRNA_STAT1_2", "STAT1"), ("WT1_1", "WT1"), ("TP53g1", "TP53"),
-    ("IL6G1", None), ("Il6-OE", None),
+    ("STAT1_1|STAT1_2", "STAT1"), ("STAT1;STAT1", "STAT1"), ("STAT1|NT", "STAT1"), ("STAT1_NT", "STAT1"),
+    ("STAT1_non-targeting", "STAT1"), ("shSTAT1", "STAT1"), ("STAT1gRNA1", "STAT1"), ("STAT1_WT", None),
+    ("STAT1--STAT2", None), ("IL6G1", None), ("Il6-OE", None),
     ("STAT12", None), ("STAT1_STAT2", None), ("STAT1+STAT2", None), ("STAT3", None), ("TP", None), ("IL-6", None),
     ("STAT1_1_STAT2_1", None)])
 def test_genes(label, gene):
@@ -42,7 +45,7 @@ def test_genes(label, gene):
 
 @pytest.mark.parametrize("label, nothing", [
     ("unassigned", True), ("Multiplet", True), ("doublets", True), ("unknown", True), ("nan", True),
-    ("STAT1+STAT2", True), ("STAT1_1_STAT2_1", True), ("STAT1_GFP", True), ("GFP", False), ("STAT3", False),
+    ("STAT1+STAT2", True), ("STAT1--STAT2", True), ("STAT1_WT", True), ("STAT1_1_STAT2_1", True), ("STAT1_GFP", True), ("GFP", False), ("STAT3", False),
     ("NONO", False)])
 def test_labels_that_say_nothing(label, nothing):
     """Nobody knows what was done to these cells; or it was a measured gene and something besides. Another gene, or a
@@ -64,6 +67,9 @@ def test_read_labels():
     assert controls == ["NT1", "NT2"] and labels.controls_among(given, GENES, "GFP") == ["GFP "]
     assert len({labels.stem(label) for label in controls}) == 1 and labels.stem("WT") != labels.stem("NT-1")
     assert labels.controls_among(["mock1", "mock2", "ctrl", "STAT1", "STAT2"], GENES, "mock2") == ["mock1", "mock2"]
+    assert labels.controls_among(given, GENES, "NT") == ["NT1", "NT2"]
+    assert labels.controls_among(given, GENES, "nt2") == ["NT2"]
+    assert labels.read_labels(["NT1", "safe-targeting"], GENES, "NT1", ["NT1"]) == {"NT1": "NT1", "safe-targeting": ""}
     assert labels.controls_among(["STAT1", "STAT2"], GENES, "STAT1") == ["STAT1"]
     assert not labels.controls_among(["mock1"], GENES, "mock2") and not labels.controls_among(["WT1_1"], GENES, None)
     assert labels.controls_among(["ctrl_1"], GENES | {"CTRL"}, None) == ["ctrl_1"]

@@ -112,7 +112,7 @@ def test_more_than_memory_allows(run, monkeypatch):
     """How much memory it takes is said before the work, and refused if there is not as much."""
     assert "about 1.0 GB of memory" in run("--validate")
     monkeypatch.setattr(predict.os, "sysconf", lambda name: 2**10)
-    with pytest.raises(BadInput, match="14 genes of [0-9]+ cells want 1 GB.*ask for fewer"):
+    with pytest.raises(BadInput, match="14 genes of [0-9]+ cells.* want 1 GB.*ask for fewer"):
         run("--validate", "--genes", "100")
 
 
@@ -144,6 +144,39 @@ def test_evaluation_compares_with_simple_rules(run):
     assert "5 knock-outs, each predicted from the others" in printed
     assert all(row in printed for row in ("prediction", *predict.SIMPLE)) and "do not believe" in printed
     assert "the rule 'target-only' is better on your data" in printed and "cannot be told apart from" in printed
+
+
+def test_no_cell_is_taken_for_two(run, tmp_path):
+    """Where knock-outs do nothing, small populations have no differentially expressed genes: no cell is drawn twice
+    into a test, however many are asked for."""
+    cells = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    cells.X = np.random.default_rng(0).negative_binomial(3, 0.3, cells.shape).astype(np.float32)
+    cells.write_h5ad(tmp_path / "screen.h5ad")
+    printed = run("--evaluate", "--cells", "200")
+    assert "30 cells, as many as the smallest has (--min-cells 20)" in printed and "AUPRC" not in printed
+    printed = run("--query", "t1", "T1", "--cells", "200", "--draws", "1")
+    assert "1 knock-outs x 1 draws of 30 cells" in printed  # asked for twice, and once is enough
+
+
+def test_names_of_the_file(run, tmp_path):
+    """A gene can be asked for by its name in the file too; other columns that name a knock-out name that of predicted
+    cells, so that no predicted cell is among the controls."""
+    cells = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    cells.var["symbol"] = NAMES
+    cells.var_names = [f"ENSG{i}" for i in range(cells.n_vars)]
+    cells.obs["guide"] = [f"{label}_1" for label in cells.obs["perturbation"]]
+    cells.obs.index.name = "barcode"
+    cells.write_h5ad(tmp_path / "screen.h5ad")
+    run("--query", "ENSG1")
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    predicted = found.obs[found.obs["predicted"]]
+    assert set(predicted["perturbation"]) == set(predicted["guide"]) == {NAMES[1]} and found.obs.index.name == "barcode"
+
+
+@pytest.mark.parametrize("name", [".", "out", "out.csv", "~/out.h5ad"])
+def test_places_that_cannot_be_meant(run, name):
+    with pytest.raises(BadInput, match="expected a name that ends in .h5ad|write the path in full"):
+        run("--query", "t1", "--out", name)
 
 
 def test_passes_cover_all_genes_in_equal_sizes():
@@ -178,9 +211,29 @@ def test_on_arrays(checkpoint):
     for bad, why in (({"a": control[:, :3]}, "a: shape .50, 3., expected cells x 4 genes"),
                      ({"a": control[:0]}, "a: shape .0, 4., expected"),
                      ({"a": control - 1}, "a: expected natural log1p"), ({"a": np.round(9 * control)}, "not all whole"),
-                     ({"b_2": control}, "'b_2' seems to be b")):
+                     ({"a": 100 * control}, "at most 20"), ({"a": "cells"}, "expected numbers"),
+                     ({"a": pd.DataFrame(control, columns=list("abce"))}, "a: has no column d"),
+                     ({"a_1": control, "A": control}, "several are knock-outs of a"), ([control], "expected a dictionary"),
+                     ({"b_2": control}, "no knock-out besides b")):
         with pytest.raises(BadInput, match=why):
             predict.predict(control, bad, "b", list("abcd"), checkpoint)
+    for numbers in ({"cells": 0}, {"cells": 1.5}, {"cells": 10**9}, {"seed": -1}, {"seed": None}):
+        with pytest.raises(BadInput, match=f"{[*numbers][0]} .*expected"):
+            predict.predict(control, experiments, "b", list("abcd"), checkpoint, **numbers)
+    with pytest.raises(BadInput, match="some names are there twice"):
+        predict.predict(control, experiments, "b", list("abca"), checkpoint)
+
+
+def test_tables_are_read_by_the_names_of_their_columns(checkpoint):
+    """In whatever order these are; guides and another case are the gene; an AnnData will do."""
+    rng = np.random.default_rng(0)
+    control, knocked_out = (pd.DataFrame(rng.random((30, 4)), columns=list("abcd")) for _ in range(2))
+    expected = predict.predict(control, {"a": knocked_out}, "b", checkpoint=str(checkpoint), cells=15)[1]
+    turned = {"A_1": knocked_out[list("dcba")]}
+    np.testing.assert_array_equal(predict.predict(control, turned, "B", checkpoint=checkpoint, cells=15)[1], expected)
+    as_anndata = {"a": anndata.AnnData(knocked_out)}
+    found = predict.predict(anndata.AnnData(control), as_anndata, "b", checkpoint=checkpoint, cells=15)[1]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_checkpoint_in_the_box():
