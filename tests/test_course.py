@@ -66,5 +66,7 @@ def test_every_exercise_is_marked_and_graded(tmp_path):
     tests = "".join(file.read_text() for file in (tmp_path / "student" / "tests").glob("test_*.py"))
     assert all(f"@pytest.mark.exercise{number}\n" in tests for number in course.EXERCISES)
     assert not any((tmp_path / "student" / name).exists() for name in course.KEPT_BACK)
+    asked = (tmp_path / "student" / "EXERCISES.md").read_text()
+    assert "| 10 | open:" in asked and "they choose on test conditions" not in asked
     with pytest.raises(BadInput, match="there already"):
         course.make(tmp_path / "student")
