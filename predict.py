@@ -7,8 +7,8 @@ Beyond the paper (D57). Reads an `.h5ad` of counts, as data.py does, and a check
     python predict.py screen.h5ad --query STAT1 STAT3 --out predicted.h5ad
     python predict.py screen.h5ad --evaluate                          how good it is, on knock-outs that were measured
     python predict.py toy --evaluate --genes 20 --query gene03        an example without a file: simulated, not cells
-or, in a notebook, on log-expression: `predict(control, experiments, query)`. The example takes a minute and a half on
-two CPU cores. 50,000 cells x 20,000 genes, an eighth of the values above zero, want 2.4 GB. scanpy, pertpy and
+or, in a notebook, on log-expression: `predict(control, experiments, query)`. The example takes a minute on two CPU
+cores. 50,000 cells x 20,000 genes, an eighth of the values above zero, want 2.4 GB. scanpy, pertpy and
 cell-eval (0.8.2) have read what is written.
 
 Every predicted cell is a control cell of the file, as it would be under the knock-out (sample.py, "counterfactual"). Of
