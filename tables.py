@@ -435,7 +435,8 @@ def claim_section(screens: list[Results], document: dict, beyond: bool = False) 
         found = judged(claim, screens, document)
         if beyond:  # what was not asked for is not missing
             found = [of_screen for of_screen in found if of_screen["items"]]
-        claims.append((claim.says, claim.asks, found))
+        if found:
+            claims.append((claim.says, claim.asks, found))
     for name, (says, asks) in {} if beyond else FIGURE_CLAIMS.items():
         claims.append((says, asks, judged_by_figure(document["figures"].get(name, {}))))
     lines = [f"## What {'is asked' if beyond else 'the paper claims'}, and what was found", "", JUDGED, ""]
