@@ -7,7 +7,7 @@
 # systems of their prior and, zero-shot, the leukemia screen: its test conditions, and, to choose one by, its training
 # conditions, each from the others. The second network is also fine-tuned on it, and tried on linear SCMs. The report,
 # <out>/<scale>/report.md, has a table for each screen and the comparisons of claims.py; <out> is out/beyond, or
-# out/beyond-50 with --genes 50. Laptop scale: five hours on two CPU cores, for 20 genes and three seeds. FILE is an
+# out/beyond-50 with --genes 50. Laptop scale: some five hours of two CPU cores (estimated), 20 genes, three seeds. FILE is an
 # .h5ad; without one there is no real screen.
 # Finished stages are skipped: start it again after a stop. Environment: PYTHON=python3 with requirements.txt installed.
 set -euo pipefail

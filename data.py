@@ -152,6 +152,16 @@ def simulate_toy(settings: Settings):
     return anndata.AnnData(by_rows(np.concatenate(counts)), obs, pd.DataFrame(index=names[1:]))
 
 
+def meanings_of(cells, column: str, controls: list[str]) -> list[str]:
+    """Of each cell the measured gene that its label in a column means, "control", or "another"."""
+    told = cells.obs[column].astype(str)
+    words = sorted(set(told))
+    genes = labels.gene_names(cells, words)[1]
+    meant = labels.read_labels(words, genes, "control", controls)
+    known = {word: meaning for word, meaning in meant.items() if word in controls or meaning in genes}
+    return told.map(known).fillna("another").tolist()
+
+
 def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
     """Column of obs with the knocked-out genes, and its control labels, which differ in numbers only (NT1, NT2). If
     several columns have some, those with other labels that are genes; of several that say the same of every cell, the
@@ -163,7 +173,7 @@ def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
         columns = [c for c in names if c in obs]
     if not columns:
         raise BadInput(f"--treatment-col: no column {' or '.join(names)} in obs; it has {listed(obs.columns)}")
-    found, seen, most, meanings = [], [], (0, ""), []
+    found, seen, most = [], [], (0, "")
     for c in columns:
         words = sorted(set(obs[c].dropna().astype(str)))
         genes = set(labels.gene_names(cells, words)[1])
@@ -177,12 +187,7 @@ def find_treatment(cells, settings: Settings) -> tuple[str, list[str]]:
     if any(known for known, _, _ in found):
         found = [reading for reading in found if reading[0]]
     if len(found) > 1 and found[0][0]:
-        for _, c, controls in found:
-            words = sorted(set(obs[c].astype(str)))
-            genes = labels.gene_names(cells, words)[1]
-            meant = labels.read_labels(words, genes, "control", controls)
-            meant = {word: meaning for word, meaning in meant.items() if word in controls or meaning in genes}
-            meanings.append(obs[c].astype(str).map(meant).fillna("another").tolist())
+        meanings = [meanings_of(cells, c, controls) for _, c, controls in found]
         if all(meaning == meanings[0] for meaning in meanings):
             found = found[:1]
     if len(found) == 1 and found[0][0] < most[0]:

@@ -182,9 +182,9 @@ def predict(control, experiments, query, genes=None, checkpoint=BOX, cells=200,
     the names of the table's columns, or the numbers of the array's. `checkpoint`: a path, or a Checkpoint. Raises
     BadInput for a query that is no measured gene, for what cannot be meant, or without experiments."""
     for name, number in (("cells", cells), ("seed", seed)):
-        if not isinstance(number, int):
+        if not isinstance(number, (int, np.integer)):
             raise BadInput(f"{name} {number}: expected a whole number")
-        scales.check_number(name, number)
+        scales.check_number(name, int(number))
     if not isinstance(experiments, Mapping):
         raise BadInput(f"experiments: {type(experiments).__name__}, expected a dictionary of gene -> cells")
     if genes is None:

@@ -109,8 +109,8 @@ def spread_over(files: list[dict]) -> str:
     if len(files) == 1:
         return f"{len(set(files[0]['metrics']['systems']))} held-out systems"
     parts = []
-    for key, name in {"split": "splits", "draw": "draws of cells", "row": "seeds"}.items():
-        count = len({file["meta"][key] for file in files})
+    for key, name in {"split": "splits", "draw": "draws of cells", "trained_seed": "seeds"}.items():
+        count = len({file["meta"].get(key) for file in files})
         if count > 1:
             parts.append(f"{count} {name}")
     return " x ".join(parts)

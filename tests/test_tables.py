@@ -121,7 +121,7 @@ def test_chosen_on_training_conditions(tmp_path, report):
     text, document = report()
     chosen = next(entry for entry in document["tables"]["wet"]["rows"] if entry["row"] == "chosen")
     assert chosen["metrics"]["rmse"]["mean"] == near((0.8 + 0.6) / 2)
-    assert "Chosen: a in split 0, b in split 1." in text
+    assert "Chosen: a in split 0, b in split 1." in text and chosen["over"] == "2 splits"
 
 
 def test_gap_closed():
