@@ -2,10 +2,12 @@
 
     python tests/benchmark.py            eight minutes on two quiet CPU cores
     python tests/benchmark.py training   one part: training, sampling, simulators, growth
+    python tests/benchmark.py paper      by itself only: the shapes of the paper's scale, which want a GPU
 
-What is compared with what is said in each line. Training is at 20 genes, 100 cells, K = 4, batches of 8.
+What is compared with what is said in each line. Training is at 20 genes, 100 cells, K = 4, batches of 8, but for `paper`.
 """
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -46,11 +48,11 @@ def seconds(call: Callable, least: float = 3.0) -> float:
     return float(np.median(found))
 
 
-def peak() -> float:
+def peak(size: int = 2048, kind: str = "float32") -> float:
     """Operations a second of a product of matrices."""
-    x = jnp.ones((2048, 2048))
+    x = jr.normal(jr.key(0), (size, size), kind)
     product = jax.jit(lambda x: x @ x)
-    return 2 * 2048**3 / seconds(lambda: product(x))
+    return 2 * size**3 / seconds(lambda: product(x))
 
 
 def random_task(genes: int, cells: int, experiments: int, batch: int) -> tasks.Task:
@@ -69,14 +71,19 @@ def random_task(genes: int, cells: int, experiments: int, batch: int) -> tasks.T
 
 def update(genes: int = 20, cells: int = 100, experiments: int = 4, **settings) -> tuple[float, float]:
     """Tasks a second of an update of 8 tasks, and operations in products of matrices a second."""
-    s = train.Settings(cells=cells, context=experiments, micro_batch=8, accumulate=1, **settings)
+    return update_of(train.Settings(cells=cells, context=experiments, micro_batch=8, accumulate=1, **settings), genes)
+
+
+def update_of(s: train.Settings, genes: int) -> tuple[float, float]:
+    """The same of an update with these settings."""
     mesh, everywhere, shared = train.shardings()
     network = model.build(s, genes, key=jr.key(0))
     parameters, static = eqx.partition(network, eqx.is_inexact_array)
     step = train.make_update(s, static, mesh)
     state = train.State(parameters, train.make_optimiser(s).init(parameters),
                         jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), int))
-    batch = jax.tree.map(lambda x: x[None], random_task(genes, cells, experiments, 8))
+    batch = random_task(genes, s.cells, s.context, s.micro_batch)
+    batch = jax.tree.map(lambda x: np.broadcast_to(x, (s.accumulate, *x.shape)), batch)
     batch = train.placed(batch, shared)
     holder = [train.placed(state, everywhere)]
     program = jax.make_jaxpr(step)(holder[0], batch, jr.key(0))
@@ -87,7 +94,7 @@ def update(genes: int = 20, cells: int = 100, experiments: int = 4, **settings) 
         return loss
 
     spent = seconds(call)
-    return 8 / spent, operations / spent
+    return s.micro_batch * s.accumulate / spent, operations / spent
 
 
 def training() -> None:
@@ -169,6 +176,33 @@ def growth() -> None:
                           f"{what(**least | {name: size}) / base:.2f} times as long")
 
 
+def paper() -> None:
+    """Whole trainings at paper scale, from some updates; and sampling, in the precision of the device and in float32."""
+    best = peak(8192, "bfloat16")
+    print(f"product of matrices in bfloat16: {best / 1e12:.0f} TFLOP/s")
+    ours = scales.at("paper", "train", "exchangeable")
+    trainings = {"GRNs": (scales.at("paper", "train", "grn"), 50),
+                 "linear SCMs": (scales.at("paper", "train", "linear"), 20),
+                 "GRNs, exchangeable": (ours | {"network": "exchangeable.Exchangeable"}, 50)}
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    for title, (changed, genes) in trainings.items():
+        s = train.Settings(**{name: value for name, value in changed.items() if name in names})
+        speed, operations = update_of(s, genes)
+        hours = s.updates * s.micro_batch * s.accumulate / speed / 3600
+        memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+        print(f"training, {title}: {speed:.0f} tasks/s, {operations / best:.0%} of that, {hours:.1f} h for "
+              f"{s.updates} updates, at most {memory:.1f} GB so far")
+    given = random_task(50, 200, 8, sample.AT_ONCE).given
+    key, fast = jr.key(1), model.build(train.Settings(), 50, key=jr.key(0))
+    plain = model.build(train.Settings(precision="float32", attention="plain"), 50, key=jr.key(0))
+    with jax.default_matmul_precision("highest"):
+        exact = sample.generate(plain, given, 2.0, 25, key=key)
+    spent = seconds(lambda: sample.generate(fast, given, 2.0, 25, key=key))
+    error = np.sqrt(np.mean((sample.generate(fast, given, 2.0, 25, key=key) - exact) ** 2))
+    print(f"sampling, 200 cells of 50 genes, K = 8, 25 steps, untrained: {spent / sample.AT_ONCE:.2f} s a task, "
+          f"{error:.4f} (root mean square) from float32")
+
+
 PARTS = {"training": training, "sampling": sampling, "simulators": simulators, "growth": growth}
 
 if __name__ == "__main__":
@@ -179,4 +213,4 @@ if __name__ == "__main__":
     if sys.argv[1] != "simulators":
         train.use_all_cores(8)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, revision {scales.revision()}")
-    PARTS[sys.argv[1]]()
+    (PARTS | {"paper": paper})[sys.argv[1]]()
