@@ -2,7 +2,7 @@
 
     python tests/benchmark.py            eight minutes on two quiet CPU cores
     python tests/benchmark.py training   one part: training, sampling, simulators, growth
-    python tests/benchmark.py paper      by itself only: the shapes of the paper's scale, which want a GPU
+    python tests/benchmark.py paper      only by name, as paper-sampling: the shapes of the paper's scale, for a GPU
 
 What is compared with what is said in each line. Training is at 20 genes, 100 cells, K = 4, batches of 8, but for `paper`.
 """
@@ -177,7 +177,7 @@ def growth() -> None:
 
 
 def paper() -> None:
-    """Whole trainings at paper scale, from some updates; and sampling, in the precision of the device and in float32."""
+    """Whole trainings at paper scale, from some updates."""
     best = peak(8192, "bfloat16")
     print(f"product of matrices in bfloat16: {best / 1e12:.0f} TFLOP/s")
     ours = scales.at("paper", "train", "exchangeable")
@@ -192,6 +192,10 @@ def paper() -> None:
         memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
         print(f"training, {title}: {speed:.0f} tasks/s, {operations / best:.0%} of that, {hours:.1f} h for "
               f"{s.updates} updates, at most {memory:.1f} GB so far")
+
+
+def paper_sampling() -> None:
+    """The paper's network at its size, untrained: seconds of a task, and how far the device's precision is off."""
     given = random_task(50, 200, 8, sample.AT_ONCE).given
     key, fast = jr.key(1), model.build(train.Settings(), 50, key=jr.key(0))
     plain = model.build(train.Settings(precision="float32", attention="plain"), 50, key=jr.key(0))
@@ -204,6 +208,7 @@ def paper() -> None:
 
 
 PARTS = {"training": training, "sampling": sampling, "simulators": simulators, "growth": growth}
+ALONE = {"paper": paper, "paper-sampling": paper_sampling}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:  # each by itself, with the cores divided as its stage does
@@ -213,4 +218,4 @@ if __name__ == "__main__":
     if sys.argv[1] != "simulators":
         train.use_all_cores(8)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, revision {scales.revision()}")
-    (PARTS | {"paper": paper})[sys.argv[1]]()
+    (PARTS | ALONE)[sys.argv[1]]()
