@@ -76,7 +76,8 @@ def test_cudnn_is_plain_attention():
             "for tokens in (1, 41, 64, 130, 2017):\n"
             "    test_attention.check_flash('cudnn', tokens)\n"
             "test_model.check_bfloat16('cudnn')")
-    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": f"{here}:{here.parent}"}
+    places = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
