@@ -255,13 +255,12 @@ def off_target_r2(p: Predictions) -> Float[np.ndarray, "P"]:
     all variables but the treated one, against the mean of infinitely many cells (linear SCMs; NaN for others).
 
     0 is to say that nothing else moves, 1 is perfect. M cells have a mean with an error of variance / M of its own, by
-    which the squared error is reduced, so that it says nothing of M. Cells that are made from control cells one by one
-    (`counterfactual`) err together with these: theirs is not reduced, and so rather too large.
+    which the squared error is reduced, so that it says nothing of M. This holds for counterfactual cells too: the cells
+    that they are made of are a draw of their own, as those of the identity row are.
     The mean of the P values is R2: the effect is the mean one of all conditions."""
     off = p.treatments == 0
     error = (p.prediction.mean(axis=1, dtype=float) - p.expected) ** 2
-    if not p.meta.get("settings", {}).get("counterfactual"):
-        error -= p.prediction.var(axis=1, dtype=float, ddof=1) / p.prediction.shape[1]
+    error -= p.prediction.var(axis=1, dtype=float, ddof=1) / p.prediction.shape[1]
     effect = np.mean((p.expected**2 * off).sum(axis=1))
     return 1 - (error * off).sum(axis=1) / effect
 

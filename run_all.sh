@@ -6,7 +6,7 @@
 #
 #   smoke    every stage and every table, on toy sizes: shows that it runs, nothing else. Minutes on two CPU cores.
 #   laptop   small networks and few tasks that do learn. An hour or more on two CPU cores.
-#   paper    the paper's sizes; wants one 80 GB GPU, days of it.
+#   paper    the paper's sizes; wants one 80 GB GPU, some 15 hours of an H100 (estimated).
 #   test     installs, and runs the tests.
 #   --dry    with paper: one or two of everything at the paper's shapes, without a GPU, and a table of what all would cost.
 #   --seeds  trainings of each row. Claims that compare trainings are decided from 3 on; by default there is one (of linear
