@@ -5,7 +5,7 @@
 #
 # Both networks are trained on each of five priors for as many seconds, one core each and side by side, and predict held-out
 # systems of their prior and, zero-shot, the leukemia screen: its test conditions, and, to choose one by, its training
-# conditions, each from the others. The second network is also fine-tuned on it, and tried on linear SCMs. The report,
+# conditions, each from the others. Both are fine-tuned on it, from two priors, and tried on linear SCMs. The report,
 # <out>/<scale>/report.md, has a table for each screen and the comparisons of claims.py; <out> is out/beyond, or
 # out/beyond-50 with --genes 50. Laptop scale: some five hours of two CPU cores (estimated), 20 genes, three seeds. FILE is an
 # .h5ad; without one there is no real screen.

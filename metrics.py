@@ -255,8 +255,8 @@ def off_target_r2(p: Predictions) -> Float[np.ndarray, "P"]:
     all variables but the treated one, against the mean of infinitely many cells (linear SCMs; NaN for others).
 
     0 is to say that nothing else moves, 1 is perfect. M cells have a mean with an error of variance / M of its own, by
-    which the squared error is reduced, so that it says nothing of M. This holds for counterfactual cells too: the cells
-    that they are made of are a draw of their own, as those of the identity row are.
+    which the squared error is reduced, so that it says nothing of M. This holds for counterfactual cells too: what they
+    are made of is a draw of its own (tasks.evaluation_tasks), if there are twice as many control cells.
     The mean of the P values is R2: the effect is the mean one of all conditions."""
     off = p.treatments == 0
     error = (p.prediction.mean(axis=1, dtype=float) - p.expected) ** 2

@@ -45,7 +45,7 @@ TABLE = {
         "context":               (2,          4),            # context experiments K
     },
     "exchangeable": {          # the second network [D57]: with the prior panel and counterfactual cells what we
-                               # recommend for screens of real cells (beyond.sh); paper scale: tried once
+                               # recommend for screens of real cells (beyond.sh); its paper size: tried once
         "width":                 (12,        48,      128),
         "depth":                 (2,          3,        4),
         "heads":                 (2,          4,        8),
